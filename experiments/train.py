@@ -1,0 +1,41 @@
+"""Trains one run: python -m experiments.train --config=FILE.py:PRESET --workdir=DIR [--config.x=y]
+
+A second call with the same config resumes from the newest checkpoint, or says that the run is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from zppo_jax.launch import app, workdir
+
+
+def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = False) -> str:
+  """Validates, prepares the workdir and trains; returns the workdir. Raises UserError."""
+  import jax
+
+  from zppo_jax.launch import build, validate
+  from zppo_jax.rewards.grade import Grader
+  from zppo_jax.train import loop, report
+
+  validate.validate(config, num_devices=len(jax.devices()))
+  place = workdir.prepare(folder, config, resume, cleanup)
+  if place.done:
+    print(f'{folder}: done, nothing left to do')
+    return folder
+  with Grader(deadline_s=config.data.deadline_secs) as grader:
+    loop.train(build.build(config, place.path, grader=grader))
+  paths = report.write_report({config.method.name: place.path}, place.path,
+                              title=f'{config.method.name}: {folder}')
+  workdir.mark_done(place.path)
+  print('\n'.join(paths))
+  return folder
+
+
+def main(launch: app.Launch) -> None:
+  train(launch.config, launch.workdir, resume=launch.resume, cleanup=launch.cleanup)
+
+
+if __name__ == '__main__':
+  sys.exit(app.run(main))

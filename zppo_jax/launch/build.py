@@ -1,0 +1,193 @@
+"""From a config to a run: data, tokenizer, models, roles, method. No array exists before `validate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+
+from zppo_jax.core import trees
+from zppo_jax.core.errors import UserError
+from zppo_jax.data import batches
+from zppo_jax.data import tokenizer as tokenizer_lib
+from zppo_jax.data.tasks import sources
+from zppo_jax.mesh import place
+from zppo_jax.methods import api, table
+from zppo_jax.models import params as params_lib
+from zppo_jax.models.config import ModelConfig
+from zppo_jax.rewards.grade import Grader
+from zppo_jax.sampling import decode
+from zppo_jax.train import checkpoint, evaluate, loop, state, step
+from zppo_jax.train.context import Questions, Setup
+
+TOKENIZER_TEXTS = 2000  # examples whose characters a character tokenizer must know
+
+
+def method_config(config: Any) -> Any:
+  """The method's frozen config: its row's values, changed where the config is not None."""
+  given = {k: v for k, v in config.method.items() if k != 'name' and v is not None}
+  return table.configure(config.method.name, given)
+
+
+def build_method(config: Any) -> api.Method:
+  return table.METHODS[config.method.name].build(method_config(config))
+
+
+def task_spec(config: Any, split: str) -> dict[str, Any]:
+  """Dict of `sources.build_source` for 'train' or 'validation'."""
+  data = config.data
+  if data.path:
+    return dict(path=data.path, schema=data.schema, split=split, on_bad_row=data.on_bad_row,
+                heldout_percent=data.heldout_percent)
+  size = data.size if split == 'train' else data.eval_size
+  parts, weights = [], []
+  for spec in data.tasks.to_dict().values():
+    weights.append(spec.pop('weight', 1.0))
+    parts.append(spec | dict(seed=config.seed, split=split, size=size))
+  return dict(mix=parts, weights=weights, size=size)
+
+
+def build_source(config: Any, split: str):
+  """Task source of a split. Raises UserError with the data layer's own message."""
+  try:
+    return sources.build_source(task_spec(config, split))
+  except ValueError as error:
+    raise UserError(f'data: {error}') from error
+
+
+def texts_of(source, limit: int = TOKENIZER_TEXTS):
+  """Everything that a tokenizer must be able to write, of the first examples."""
+  for i in range(min(limit, len(source))):
+    example = source[i]
+    yield from (m.content for m in example.messages)
+    yield example.answer
+    yield example.solution or ''
+
+
+def build_tokenizer(config: Any, source):
+  """Tokenizer of a config; a character tokenizer knows every character of the data."""
+  spec = {k: v for k, v in config.tokenizer.items() if v}
+  if spec['kind'] != 'char':
+    spec.pop('pieces', None)
+  limit = len(source) if config.data.path else TOKENIZER_TEXTS
+  return tokenizer_lib.build_tokenizer(spec, texts_of(source, limit))
+
+
+def model_config(section: Any, vocab_size: int = 0) -> ModelConfig:
+  """ModelConfig of a config section; `vocab_size` is the tokenizer's."""
+  fields = dict(section)
+  multiple = fields.pop('vocab_multiple')
+  valid = vocab_size or fields['vocab']
+  if not fields['vocab']:
+    fields['vocab'] = -(-vocab_size // multiple) * multiple
+  fields['mixers'] = tuple(fields['mixers'])
+  return ModelConfig(**fields, num_valid=valid)
+
+
+def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
+  """(model config, policy weights, facts) of a run's newest checkpoint, placed on a mesh.
+
+  Raises UserError when the folder is no workdir of a run.
+  """
+  facts_path = os.path.join(folder, 'model.json')
+  if not os.path.exists(facts_path):
+    raise UserError(f'checkpoint {folder!r} is not the workdir of a run: it has no model.json')
+  with open(facts_path, encoding='utf-8') as file:
+    facts = json.load(file)
+  fields = facts['model'] | {'mixers': tuple(facts['model']['mixers'])}
+  config = ModelConfig(**fields)
+  specs = params_lib.abstract(config)
+  saved = checkpoint.load_params(os.path.join(os.path.abspath(folder), 'checkpoints'))
+  leaves = trees.named_leaves(saved)
+  shardings = params_lib.shardings(specs, mesh)
+
+  def pick(path, spec, sharding):
+    return jax.device_put(leaves[trees.path_name(path)], sharding)
+
+  params = jax.tree_util.tree_map_with_path(pick, specs, shardings, is_leaf=params_lib.is_spec)
+  return config, params, facts
+
+
+def write_facts(workdir: str, config: ModelConfig, tokenizer) -> None:
+  """model.json and tokenizer.json: what `load_policy` needs from this run later."""
+  facts = dict(model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
+  with open(os.path.join(workdir, 'model.json'), 'w', encoding='utf-8') as file:
+    json.dump(facts, file, indent=2)
+  tokenizer_lib.save(tokenizer, os.path.join(workdir, 'tokenizer.json'))
+
+
+def _load_role(folder: str, name: str, tokenizer, mesh):
+  """Prompts are rendered once for all roles, so every role must share the tokenizer."""
+  model, params, facts = load_policy(folder, mesh)
+  if facts['tokenizer'] != tokenizer.fingerprint:
+    raise UserError(f'{name}.checkpoint: {folder} was trained with another tokenizer '
+                    f'({facts["tokenizer"]}, this run {tokenizer.fingerprint})')
+  return model, params
+
+
+def sampling_settings(config: Any, stop_id: int) -> decode.Settings:
+  r = config.rollout
+  return decode.Settings(max_new_tokens=r.max_new_tokens, eos_ids=(stop_id,),
+                         temperature=r.temperature)
+
+
+def loop_settings(config: Any) -> loop.LoopSettings:
+  log = config.log
+  return loop.LoopSettings(
+    num_steps=config.num_steps, max_staleness=config.max_staleness,
+    checkpoint_every=config.ckpt.every_steps, keep_checkpoints=config.ckpt.keep,
+    eval_every=config.eval.every_steps, log_every=log.every_steps,
+    dump_every=log.dump_every_steps, dump_rows=log.dump_rows, profile_start=log.profile_start,
+    profile_steps=log.profile_steps, tensorboard=log.tensorboard)
+
+
+def step_settings(config: Any) -> step.StepSettings:
+  return step.StepSettings(window=config.rollout.max_new_tokens,
+                           temperature=config.rollout.temperature,
+                           micro_batches=config.train.micro_batches, chunk=config.train.chunk)
+
+
+def build(config: Any, workdir: str, *, grader: Grader) -> loop.Run:
+  """A run ready for `loop.train`. The config must have passed `validate`."""
+  if config.launch.compilation_cache:
+    jax.config.update('jax_compilation_cache_dir', config.launch.compilation_cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  method = build_method(config)
+  mesh = place.make_mesh(config.mesh)
+  train_source, eval_source = build_source(config, 'train'), build_source(config, 'validation')
+  tokenizer = build_tokenizer(config, train_source)
+  model = model_config(config.model, tokenizer.vocab_size)
+  write_facts(workdir, model, tokenizer)
+  template = config.data.template
+  questions = Questions(train_source, tokenizer, template, config.data.instruction)
+  sampling = sampling_settings(config, questions.stop_id)
+  teacher = warm = None
+  if config.teacher.checkpoint:
+    teacher = _load_role(config.teacher.checkpoint, 'teacher', tokenizer, mesh)
+  if config.init.checkpoint:
+    found, warm = _load_role(config.init.checkpoint, 'init', tokenizer, mesh)
+    if found != model:
+      raise UserError(f'init.checkpoint: {config.init.checkpoint} holds {found}, this run {model}')
+  r, e = config.rollout, config.eval
+  setup = Setup(
+    model=model, questions=questions, grader=grader, sampling=sampling,
+    group_size=method.group_size, prompt_tokens=r.prompt_tokens,
+    reformulated_tokens=r.reformulated_tokens, seed=config.seed, teacher=teacher,
+    write_prompt_tokens=r.write_prompt_tokens, write_chunk=r.write_chunk,
+    allow_fractional=config.data.allow_fractional, mesh=mesh)
+  eval_sampling = dataclasses.replace(sampling, temperature=e.temperature, top_k=e.top_k,
+                                      top_p=e.top_p, min_p=e.min_p)
+  return loop.Run(
+    setup=setup, method=method, optimizer=state.make_optimizer(state.Optim(**config.optim)),
+    step_settings=step_settings(config), settings=loop_settings(config),
+    stream=batches.prompt_stream(train_source, batch_size=method_config(config).num_new,
+                                 seed=config.seed),
+    workdir=workdir,
+    eval_setup=dataclasses.replace(setup, questions=dataclasses.replace(
+      questions, source=eval_source)),
+    eval_settings=evaluate.EvalSettings(e.num_questions, e.chunk, e.samples, eval_sampling),
+    reference=warm if 'reference' in method.needs else None, warm_start=warm,
+    progress=config.log.progress)

@@ -1,0 +1,180 @@
+"""Everything that is wrong with a config, found before any array is made."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from zppo_jax.core.errors import ConfigError
+from zppo_jax.launch import build
+from zppo_jax.launch.config import (
+  Problem,
+  check_divisible,
+  check_enum,
+  check_range,
+  raise_all,
+  unknown_keys,
+)
+from zppo_jax.mesh import place
+from zppo_jax.methods import reformulate, table
+from zppo_jax.models import config as model_lib
+
+RANGES = {  # dotted field -> (low, low is excluded)
+  'num_steps': (1, False), 'max_staleness': (0, False), 'rollout.prompt_tokens': (1, False),
+  'rollout.reformulated_tokens': (1, False), 'rollout.max_new_tokens': (1, False),
+  'rollout.temperature': (0, True), 'rollout.write_prompt_tokens': (0, False),
+  'rollout.write_chunk': (1, False), 'optim.learning_rate': (0, False),
+  'optim.critic_learning_rate': (0, False), 'optim.warmup_steps': (0, False),
+  'optim.decay_steps': (0, False), 'optim.weight_decay': (0, False), 'optim.eps': (0, True),
+  'optim.clip_norm': (0, True), 'train.micro_batches': (1, False), 'train.chunk': (1, False),
+  'eval.every_steps': (0, False), 'eval.num_questions': (1, False), 'eval.chunk': (1, False),
+  'eval.samples': (1, False), 'eval.temperature': (0, False), 'log.every_steps': (1, False),
+  'log.dump_every_steps': (0, False), 'log.dump_rows': (1, False), 'ckpt.every_steps': (1, False),
+  'ckpt.keep': (1, False), 'data.size': (1, False), 'data.eval_size': (1, False),
+  'data.deadline_secs': (0, True),
+}
+
+
+def _field(config: Any, dotted: str) -> Any:
+  for name in dotted.split('.'):
+    config = config[name]
+  return config
+
+
+def _ranges(config: Any) -> list[Problem]:
+  found = []
+  for name, (low, open_low) in RANGES.items():
+    found += check_range(name, _field(config, name), low=low, open_low=open_low)
+  for name in ('optim.beta1', 'optim.beta2'):
+    found += check_range(name, _field(config, name), low=0, high=1, open_high=True)
+  return found
+
+
+def _method(config: Any) -> tuple[list[Problem], Any]:
+  """(problems, the method's config or None)."""
+  found = check_enum('method.name', config.method.name, table.METHODS)
+  if found:
+    return found, None
+  row = table.METHODS[config.method.name]
+  given = {k: v for k, v in config.method.items() if k != 'name' and v is not None}
+  found = unknown_keys(given, [*vars(row.defaults)], 'method.')
+  if found:
+    return found, None
+  try:
+    build.build_method(config)
+  except ValueError as error:
+    return [Problem(f'method ({config.method.name})', str(error))], None
+  return [], build.method_config(config)
+
+
+def _model(config: Any) -> list[Problem]:
+  fake = build.model_config(config.model, 128)
+  return [Problem(f'model.{p.split(":")[0]}', p.split(': ', 1)[1])
+          for p in model_lib.problems(fake)]
+
+
+def _lengths(config: Any, method: Any) -> list[Problem]:
+  """Rows must fit the context; reformulated prompts are never truncated, so their bound must fit."""
+  r, found = config.rollout, []
+  for name in ('prompt_tokens', 'reformulated_tokens'):
+    total = r[name] + r.max_new_tokens
+    if total > config.model.context:
+      found.append(Problem(f'rollout.{name}', f'{r[name]} + max_new_tokens {r.max_new_tokens} = '
+                           f'{total} exceeds model.context = {config.model.context}'))
+  wanted = 0
+  if getattr(method, 'reformulates', False):
+    wanted = reformulate.prompt_bound(r.prompt_tokens, method.group_size, method.compress_tokens,
+                                      method.wording)
+  if wanted > r.reformulated_tokens:
+    found.append(Problem('rollout.reformulated_tokens',
+                         f'{r.reformulated_tokens} cannot hold a prompt of {r.prompt_tokens} and '
+                         f'{method.group_size} candidates of {method.compress_tokens}: needs '
+                         f'{wanted}'))
+  return found
+
+
+def _sharding(config: Any, method: Any, num_devices: int) -> list[Problem]:
+  try:
+    shape = place.resolve_shape(config.mesh, num_devices)
+  except ValueError as error:
+    return [Problem('mesh', str(error).removeprefix('mesh: '))]
+  if method is None:
+    return []
+  found, built = [], build.build_method(config)
+  shards, pieces = shape['data'] * shape['fsdp'], config.train.micro_batches
+  slots = -(-built.capacity // built.iterations)
+  rows = slots * built.group_size
+  found += check_divisible('method.num_new', rows, pieces * shards,
+                           by=f'rows per mini-batch ({slots} groups of {built.group_size}) over '
+                              f'{pieces} micro-batches and {shards} data shards')
+  if built.iterations > built.capacity:
+    found.append(Problem('method.iterations', f'{built.iterations} mini-batches, but only '
+                         f'{built.capacity} groups'))
+  return found
+
+
+def _roles(config: Any, method: Any) -> list[Problem]:
+  found = []
+  for name in ('init', 'teacher'):
+    folder = config[name].checkpoint
+    if folder and not os.path.isdir(os.path.join(folder, 'checkpoints')):
+      found.append(Problem(f'{name}.checkpoint', f'{folder!r} has no checkpoints folder'))
+  if method is None:
+    return found
+  needs = build.build_method(config).needs
+  reads = bool(needs & {'teacher', 'teacher_hidden', 'teacher_logp'})
+  if reads and not config.teacher.checkpoint:
+    found.append(Problem('teacher.checkpoint', f'{config.method.name} needs a teacher: give the '
+                         'workdir of its run'))
+  if config.teacher.checkpoint and not reads:
+    found.append(Problem('teacher.checkpoint', f'{config.method.name} never reads a teacher: '
+                         'leave it empty'))
+  if 'reference' in needs and not config.init.checkpoint:
+    found.append(Problem('init.checkpoint', 'a KL penalty needs a reference: the initial policy'))
+  if getattr(method, 'compress', '') == 'teacher' and getattr(method, 'reformulates', False):
+    if config.rollout.write_prompt_tokens < 1:
+      found.append(Problem('rollout.write_prompt_tokens',
+                           'must be at least 1 with compress=teacher, got 0'))
+  return found
+
+
+def _staleness(config: Any, method: Any) -> list[Problem]:
+  if method is None or not config.max_staleness or config.allow_uncorrected_staleness:
+    return []
+  if getattr(method, 'correction', 'none') != 'none':
+    return []
+  return [Problem('max_staleness', f'{config.max_staleness} without a sampler correction: set '
+                  'method.correction where there is one, or allow_uncorrected_staleness=True')]
+
+
+def _data(config: Any) -> list[Problem]:
+  found = check_enum('data.on_bad_row', config.data.on_bad_row, ('error', 'skip'))
+  found += check_enum('tokenizer.kind', config.tokenizer.kind,
+                      ('char', 'sentencepiece', 'hf', 'saved'))
+  if config.data.path and not os.path.exists(config.data.path):
+    found.append(Problem('data.path', f'{config.data.path!r} does not exist; expected .jsonl, '
+                         '.json or .parquet rows with question and answer fields'))
+  elif not config.data.path and not len(config.data.tasks):
+    found.append(Problem('data.tasks', 'is empty and data.path is not set'))
+  if config.data.path:
+    found += check_range('data.heldout_percent', config.data.heldout_percent, low=1, high=99)
+  return found
+
+
+def problems(config: Any, *, num_devices: int) -> list[Problem]:
+  """Every problem of a config; an empty list means that it can run."""
+  found, method = _method(config)
+  found += _ranges(config)
+  if found and method is None:  # the rest reads numbers that are known to be wrong
+    return found + _data(config)
+  found += _model(config) + _data(config) + _roles(config, method)
+  return found + _lengths(config, method) + _sharding(config, method, num_devices) + _staleness(config, method)
+
+
+def validate(config: Any, *, num_devices: int) -> None:
+  """Raises ConfigError listing all problems at once."""
+  try:
+    found = problems(config, num_devices=num_devices)
+  except (KeyError, AttributeError, TypeError) as error:
+    raise ConfigError(f'config: {type(error).__name__}: {error}') from error
+  raise_all(found)

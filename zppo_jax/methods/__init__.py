@@ -1,0 +1,1 @@
+"""Training methods: each says which sequences, what each token is worth, and which terms read it."""

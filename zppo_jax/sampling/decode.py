@@ -1,0 +1,189 @@
+"""Prefill once per prompt, then decode all samples of all groups in one jitted loop.
+
+Dims: P prompts, G samples each, N = P * G rows, L prompt bucket, R response bucket, T = L + R.
+A row is its prompt, then its response, then padding: no left padding, no gap. The noise of a token
+is a function of (key, request, sample, response index) alone, so a sample never depends on what else
+is in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from zppo_jax.core import masks, rng, types
+from zppo_jax.mesh import axes
+from zppo_jax.models import cache as cache_lib
+from zppo_jax.models import decoder
+from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.params import Params
+from zppo_jax.sampling import rules
+
+Array = jax.Array
+GREEDY_BELOW = 1e-5  # temperatures under this take the argmax
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How to sample; static under jit. `top_k=0, top_p=1, min_p=0` switch the filters off."""
+
+  max_new_tokens: int
+  eos_ids: tuple[int, ...]
+  group_size: int = 1
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+
+
+def check_settings(s: Settings) -> None:
+  """Raises ValueError naming the argument, the bound and the value."""
+  bounds = (('max_new_tokens', s.max_new_tokens >= 1, 'at least 1'),
+            ('group_size', s.group_size >= 1, 'at least 1'),
+            ('temperature', s.temperature >= 0, 'at least 0'),
+            ('top_k', s.top_k >= 0, 'at least 0'),
+            ('top_p', 0 < s.top_p <= 1, 'in (0, 1]'),
+            ('min_p', 0 <= s.min_p < 1, 'in [0, 1)'),
+            ('eos_ids', len(s.eos_ids) > 0, 'not empty'))
+  for name, fine, bound in bounds:
+    if not fine:
+      raise ValueError(f'{name} must be {bound}, got {getattr(s, name)}')
+  if s.temperature < GREEDY_BELOW and s.group_size > 1:
+    raise ValueError(f'temperature 0 draws {s.group_size} equal samples: group_size must be 1')
+
+
+@types.record
+class Prompts:
+  """Right-padded prompts; `forced` tokens open every response of the group and are not sampled."""
+
+  tokens: Array  # i32[P, L]
+  length: Array  # i32[P], at least 1
+  forced: Array  # i32[P, F]
+  forced_length: Array  # i32[P]
+  request: Array  # u32[P], names the noise of the group
+  group_id: Array  # i32[P]
+  kind: Array  # i32[P]
+  question_id: Array  # i32[P]
+  valid: Array  # bool[P]; an invalid prompt costs nothing and yields invalid rows
+
+
+@types.record
+class _State:
+  cache: cache_lib.Cache
+  logits: Array  # f32[N, V], of the next token
+  tokens: Array  # i32[N, R]
+  logp: Array  # f32[N, R]
+  done: Array  # bool[N]
+  length: Array  # i32[N], response tokens so far
+  step: Array  # i32[]
+
+
+def _prefill(config: ModelConfig, params: Params, prompts: Prompts, settings: Settings):
+  """Caches of all prompts with room for the responses, and the logits of the first new token."""
+  rows, size = prompts.tokens.shape
+  cache = cache_lib.init(config, rows, size)
+  segments = masks.segments_from_lengths(prompts.length, size)
+  out = decoder.forward(config, params, prompts.tokens, segment_ids=segments, cache=cache,
+                        want='hidden')
+  last = jnp.take_along_axis(out.hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
+  cache = cache_lib.repeat_rows(out.cache, settings.group_size)
+  cache = cache_lib.grow(cache, size + settings.max_new_tokens)
+  logits = decoder.unembed(config, params, last)
+  return cache, jnp.repeat(logits, settings.group_size, axis=0)
+
+
+def _choose(logits: Array, row_keys: Array, step: Array, settings: Settings):
+  """Next token i32[N] and its log-prob under the distribution it was drawn from."""
+  if settings.temperature < GREEDY_BELOW:
+    logp = jax.nn.log_softmax(logits)
+    token = jnp.argmax(logits, axis=-1)
+  else:
+    shaped = rules.apply(logits, temperature=settings.temperature, k=settings.top_k,
+                         p=settings.top_p, floor=settings.min_p)
+    logp = jax.nn.log_softmax(shaped)
+    noise = jax.vmap(lambda k: jax.random.gumbel(rng.fold(k, step), logits.shape[1:]))(row_keys)
+    token = jnp.argmax(shaped + noise, axis=-1)
+  return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
+
+
+def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) -> _State:
+  group = settings.group_size
+  rep = functools.partial(jnp.repeat, repeats=group, axis=0)
+  forced, forced_length, valid = map(rep, (prompts.forced, prompts.forced_length, prompts.valid))
+  sample = jnp.tile(jnp.arange(group), prompts.length.shape[0])
+  row_keys = jax.vmap(lambda r, s: rng.fold(key, r, s))(rep(prompts.request), sample)
+  eos = jnp.asarray(settings.eos_ids, jnp.int32)
+  width = settings.max_new_tokens
+
+  def body(state: _State) -> _State:
+    token, logp = _choose(state.logits, row_keys, state.step, settings)
+    if forced.shape[1]:
+      is_forced = state.step < forced_length
+      given = jnp.take_along_axis(
+        forced, jnp.minimum(state.step, forced.shape[1] - 1)[None, None].repeat(len(valid), 0),
+        axis=1)[:, 0]
+      token, logp = jnp.where(is_forced, given, token), jnp.where(is_forced, 0.0, logp)
+    live = ~state.done
+    tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
+    logps = state.logp.at[:, state.step].set(jnp.where(live, logp, 0.0))
+    done = state.done | jnp.any(token[:, None] == eos, axis=1)
+    out = decoder.forward(config, params, token[:, None], cache=state.cache,
+                          segment_ids=live[:, None].astype(jnp.int32), want='hidden')
+    logits = decoder.unembed(config, params, out.hidden[:, 0])
+    return _State(out.cache, logits, tokens, logps, done, state.length + live, state.step + 1)
+
+  cache, logits = _prefill(config, params, prompts, settings)
+  rows = valid.shape[0]
+  state = _State(cache, logits, jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width)),
+                 ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0))
+  return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)
+
+
+def _assemble(prompts: Prompts, state: _State, settings: Settings, version: Array) -> types.Rollout:
+  """Joins prompts and responses into rows without a gap."""
+  group, (num, bucket) = settings.group_size, prompts.tokens.shape
+  rows, width = state.tokens.shape
+  total = bucket + width
+  rep = functools.partial(jnp.repeat, repeats=group, axis=0)
+  start, forced_length, valid = map(rep, (prompts.length, prompts.forced_length, prompts.valid))
+  column = jnp.arange(total)[None]
+  prompt_part = jnp.pad(rep(prompts.tokens), ((0, 0), (0, width)))
+  response = masks.put_window(state.tokens, start, total)
+  in_response = (column >= start[:, None]) & (column < (start + state.length)[:, None])
+  sampled = in_response & (column >= (start + forced_length)[:, None]) & valid[:, None]
+  segments = masks.segments_from_lengths(start + state.length, total)
+  return types.Rollout(
+    tokens=jnp.where(column < start[:, None], prompt_part, jnp.where(in_response, response, 0)),
+    segment_ids=segments,
+    positions=jnp.where(segments > 0, column, 0).astype(jnp.int32),
+    loss_mask=sampled,
+    behavior_logp=jnp.where(sampled, masks.put_window(state.logp, start, total), 0.0),
+    version=jnp.where(sampled, version, 0).astype(jnp.int32),
+    turn_id=in_response.astype(jnp.int32),
+    group_id=rep(prompts.group_id),
+    traj_id=rep(prompts.group_id) * group + jnp.tile(jnp.arange(group), num),
+    traj_tokens=jnp.sum(sampled, axis=1).astype(jnp.float32),
+    role_id=jnp.zeros(rows, jnp.int32),
+    kind=rep(prompts.kind),
+    question_id=rep(prompts.question_id),
+    reward=jnp.zeros(rows),
+    status=jnp.where(state.done, types.FINISHED, types.TRUNCATED).astype(jnp.int32),
+    valid=valid)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'settings'))
+def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Array,
+             settings: Settings, version: Array | int = 0) -> types.Rollout:
+  """Samples settings.group_size responses per prompt; rewards are left at zero.
+
+  `behavior_logp` is the log-prob in nats under the distribution actually sampled (after temperature
+  and filters). A row ends at the first id of settings.eos_ids, which belongs to the response. The
+  loop leaves early when every row is done.
+  """
+  check_settings(settings)
+  prompts = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)), prompts)
+  state = _decode(config, params, prompts, key, settings)
+  return _assemble(prompts, state, settings, jnp.asarray(version, jnp.int32))

@@ -1,0 +1,78 @@
+"""One checkpoint item per concern, all at the same step: state, rollouts in flight, and host facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from zppo_jax.core import trees
+from zppo_jax.core.errors import UserError
+
+
+def make_manager(path: str, *, every: int = 1, keep: int = 2) -> ocp.CheckpointManager:
+  """Orbax manager of the steps under `path`; saves in the background, keeps the newest `keep`."""
+  return ocp.CheckpointManager(
+    path, item_names=('state', 'pending', 'meta'),
+    options=ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep))
+
+
+def save(manager: ocp.CheckpointManager, step: int, *, state: Any, pending: Any,
+         meta: dict[str, Any], force: bool = False) -> bool:
+  """Saves if the interval says so (or `force`); True when it did.
+
+  `pending` is a tuple of pytrees of rollouts in flight (may be empty); `meta` is JSON.
+  """
+  # An empty tree cannot be saved, so a marker leaf is always there.
+  pending = {'rollouts': list(pending), 'count': np.int32(len(pending))}
+  return manager.save(step, force=force, args=ocp.args.Composite(
+    state=ocp.args.StandardSave(state), pending=ocp.args.StandardSave(pending),
+    meta=ocp.args.JsonSave(meta)))
+
+
+def _differences(wanted, found: dict[str, Any]) -> list[str]:
+  want = {k: (tuple(v.shape), str(np.dtype(v.dtype))) for k, v in trees.named_leaves(wanted).items()}
+  have = {k: (tuple(v.shape), str(np.dtype(v.dtype))) for k, v in found.items()}
+  lines = [f'{k}: only in the checkpoint' for k in sorted(set(have) - set(want))]
+  lines += [f'{k}: not in the checkpoint' for k in sorted(set(want) - set(have))]
+  lines += [f'{k}: checkpoint has {have[k]}, this run {want[k]}'
+            for k in sorted(set(want) & set(have)) if have[k] != want[k]]
+  return lines
+
+
+def restore(manager: ocp.CheckpointManager, step: int, *, state: Any, pending: Any = None):
+  """(state, pending, meta) at a step; `state` is an abstract tree with shardings.
+
+  Raises UserError that lists the leaves whose tree or shape differs.
+  """
+  saved = manager.item_metadata(step)['state']
+  saved = getattr(saved, 'tree', saved)
+  found = trees.named_leaves(saved, is_leaf=lambda x: hasattr(x, 'shape'))
+  lines = _differences(state, found)
+  if lines:
+    shown = '\n  '.join(lines[:20])
+    raise UserError(f'checkpoint {step} does not fit this run:\n  {shown}')
+  args = {'state': ocp.args.StandardRestore(state), 'meta': ocp.args.JsonRestore(),
+          'pending': ocp.args.StandardRestore(pending)}
+  out = manager.restore(step, args=ocp.args.Composite(**args))
+  return out['state'], out['pending']['rollouts'], out['meta']
+
+
+def abstract(tree, shardings=None):
+  """Shapes, dtypes and shardings of a tree of arrays: what restore wants."""
+  if shardings is None:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
+                      shardings)
+
+
+def load_params(path: str, name: str = 'policy'):
+  """Parameters of one role in the newest checkpoint under `path`, as the saved nested dict."""
+  with make_manager(path) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UserError(f'no checkpoint in {path}')
+    out = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+  return out['state']['params'][name]

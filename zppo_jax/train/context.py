@@ -1,0 +1,284 @@
+"""The host side of a step: rendering questions, drawing groups, decoding and grading them."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zppo_jax.core import rng, types
+from zppo_jax.core.errors import UserError
+from zppo_jax.data import templates
+from zppo_jax.mesh import place
+from zppo_jax.methods import api
+from zppo_jax.models.config import ModelConfig
+from zppo_jax.rewards import grade as grade_lib
+from zppo_jax.sampling import decode
+
+Timer = Any  # timer(phase) is a context manager that adds up seconds
+
+
+def no_timer(phase: str):
+  del phase
+  return contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+  """A task source with its renderer; examples and plain prompts are cached."""
+
+  source: Any
+  tokenizer: Any
+  template: str
+  instruction: str = ''  # closes every question, plain or reformulated
+
+  @functools.cached_property
+  def example(self):
+    """example(row) -> Example."""
+    return functools.lru_cache(maxsize=200_000)(self.source.__getitem__)
+
+  @functools.cached_property
+  def plain_ids(self):
+    """plain_ids(row) -> token ids of the plain prompt."""
+    return functools.lru_cache(maxsize=200_000)(lambda q: self.render(self.example(q).messages))
+
+  @functools.cached_property
+  def stop_id(self) -> int:
+    return templates.stop_id(self.tokenizer, self.template)
+
+  def render(self, messages: Sequence[types.Message]) -> tuple[int, ...]:
+    """Token ids of a chat whose last question is followed by the instruction."""
+    if self.instruction:
+      last = messages[-1]
+      text = f'{last.content}\n{self.instruction}'
+      messages = (*messages[:-1], dataclasses.replace(last, content=text))
+    return tuple(templates.render(self.tokenizer, messages, self.template))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """Everything about rollouts that stays fixed during a run. Buckets are in tokens."""
+
+  model: ModelConfig
+  questions: Questions
+  grader: Any
+  sampling: decode.Settings
+  group_size: int
+  prompt_tokens: int  # bucket of plain prompts
+  reformulated_tokens: int  # bucket of prompts with candidates
+  seed: int
+  teacher: tuple[ModelConfig, Any] | None = None  # (config, params), frozen
+  write_prompt_tokens: int = 0  # bucket of instructions to the teacher
+  write_chunk: int = 64  # instructions per teacher call
+  allow_fractional: bool = False
+  mesh: Any = None
+
+
+def pad_ids(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Right-padded i32[n, size] and lengths i32[n]."""
+  out = np.zeros((len(rows), size), np.int32)
+  for i, row in enumerate(rows):
+    out[i, :len(row)] = row
+  return out, np.asarray([len(r) for r in rows], np.int32)
+
+
+class StepContext:
+  """One step's `methods.api.Context`; the policy's weights are those given at construction."""
+
+  def __init__(self, setup: Setup, params, *, step: int, version: int, stream=None,
+               timer: Timer = no_timer):
+    self.step = step
+    self._setup, self._params, self._version = setup, params, version
+    self._stream, self._timer = stream, timer
+    self._counts: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+
+  def key(self, *names):
+    return rng.fold(jax.random.key(self._setup.seed), self.step, *names)
+
+  def rng(self, *names) -> np.random.Generator:
+    return rng.host_rng(self._setup.seed, self.step, *names)
+
+  def example(self, question: int) -> types.Example:
+    return self._setup.questions.example(question)
+
+  def distractor(self, question: int) -> str:
+    source = self._setup.questions.source
+    if hasattr(source, 'distractor'):
+      return source.distractor(question)
+    gold = self.example(question).answer  # the user's own data: another question's answer
+    for other in self.others(question, 20, self.rng('distractor', question)):
+      if self.example(other).answer != gold:
+        return self.example(other).answer
+    return gold + '0'
+
+  def others(self, question: int, count: int, rng: np.random.Generator) -> list[int]:
+    rows = rng.integers(len(self._setup.questions.source), size=count)
+    return [int(r) for r in rows if r != question]
+
+  def next_questions(self, count: int) -> np.ndarray:
+    found = []
+    while sum(map(len, found)) < count:
+      found.append(next(self._stream))
+    return np.concatenate(found)[:count]
+
+  def encode(self, text: str) -> tuple[int, ...]:
+    return tuple(self._setup.questions.tokenizer.encode(text))
+
+  def decode(self, ids: Sequence[int]) -> str:
+    return self._setup.questions.tokenizer.decode(ids)
+
+  def count(self, name: str, numerator: float, denominator: float) -> None:
+    self._counts[name][0] += numerator
+    self._counts[name][1] += denominator
+
+  def metrics(self) -> dict[str, float]:
+    """Ratios counted so far."""
+    return {k: n / d if d else 0.0 for k, (n, d) in self._counts.items()}
+
+  def _prompt_ids(self, group: api.Group) -> tuple[int, ...]:
+    questions = self._setup.questions
+    if group.messages is None:
+      return questions.plain_ids(group.question)
+    return questions.render(group.messages)
+
+  def _check_fits(self, group: api.Group, ids: Sequence[int], bucket: int, what: str) -> None:
+    if len(ids) > bucket:
+      uid = self.example(group.question).uid if group.question >= 0 else 'instruction'
+      raise UserError(f'{what}: question {uid} (row {group.question}, kind {group.kind}) has '
+                      f'{len(ids)} tokens, the largest bucket holds {bucket}')
+
+  def _prompts(self, groups, *, capacity: int, first_id: int, bucket: int,
+               forced_tokens: int) -> decode.Prompts:
+    rows = [self._prompt_ids(g) for g in groups]
+    for group, ids in zip(groups, rows):
+      self._check_fits(group, ids, bucket, 'prompt')
+      self._check_fits(group, group.forced, forced_tokens, 'forced prefix')
+    blank = [(0,)] * (capacity - len(groups))
+    tokens, length = pad_ids([*rows, *blank], bucket)
+    forced, forced_length = pad_ids([g.forced for g in groups] + [()] * len(blank), forced_tokens)
+    seen: dict[tuple, int] = collections.defaultdict(int)
+    request = np.zeros(capacity, np.uint32)
+    for i, group in enumerate(groups):
+      twin = (group.question, group.kind)
+      request[i] = rng.name_hash(f'{group.question}/{group.kind}/{seen[twin]}')
+      seen[twin] += 1
+
+    def column(values, blank_value):
+      return np.asarray([*values, *[blank_value] * len(blank)], np.int32)
+
+    return decode.Prompts(
+      tokens=tokens, length=length, forced=forced, forced_length=forced_length, request=request,
+      group_id=first_id + np.arange(capacity, dtype=np.int32),
+      kind=column([g.kind for g in groups], 0),
+      question_id=column([g.question for g in groups], -1),
+      valid=np.arange(capacity) < len(groups))
+
+  def draw(self, groups: Sequence[api.Group], *, capacity: int, first_id: int = 0,
+           group_size: int | None = None, role: int = types.POLICY, greedy: bool = False,
+           reformulated: bool = False, forced_tokens: int = 0) -> api.Drawn:
+    setup = self._setup
+    size = setup.group_size if group_size is None else group_size
+    if len(groups) > capacity:
+      raise ValueError(f'groups: {len(groups)} do not fit into capacity = {capacity}')
+    bucket = setup.reformulated_tokens if reformulated else setup.prompt_tokens
+    if any(g.response is not None for g in groups):
+      rollout = self._given(groups, capacity=capacity, first_id=first_id, bucket=bucket)
+      return self._finish(rollout, groups, 1, capacity, graded=False)
+    settings = dataclasses.replace(setup.sampling, group_size=size)
+    if greedy:
+      settings = dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    prompts = self._prompts(groups, capacity=capacity, first_id=first_id, bucket=bucket,
+                            forced_tokens=forced_tokens)
+    rollout = self._generate(prompts, settings, role)
+    return self._finish(rollout, groups, size, capacity, graded=True)
+
+  def _generate(self, prompts: decode.Prompts, settings: decode.Settings, role: int):
+    setup = self._setup
+    if role == types.TEACHER and setup.teacher is None:
+      raise UserError('teacher: the method samples a teacher, but the run has none')
+    config, params = setup.teacher if role == types.TEACHER else (setup.model, self._params)
+    name = 'teacher' if role == types.TEACHER else 'policy'
+    if setup.mesh is not None:
+      prompts = jax.device_put(prompts, place.replicated(setup.mesh))
+    with self._timer(f'rollout_{name}'):
+      rollout = decode.generate(config, params, prompts, key=self.key('rollout', name),
+                                settings=settings, version=self._version)
+      rollout = jax.block_until_ready(dataclasses.replace(
+        rollout, role_id=jnp.full_like(rollout.role_id, role)))
+    return rollout
+
+  def _given(self, groups, *, capacity: int, first_id: int, bucket: int) -> types.Rollout:
+    """Rows of given responses, closed by the stop token; nothing is sampled."""
+    width = self._setup.sampling.max_new_tokens
+    total = bucket + width
+    rows, starts = [], []
+    for group in groups:
+      prompt = self._prompt_ids(group)
+      response = (*group.response, self._setup.questions.stop_id)
+      self._check_fits(group, prompt, bucket, 'prompt')
+      self._check_fits(group, response, width, 'response')
+      rows.append((*prompt, *response))
+      starts.append(len(prompt))
+    blank = capacity - len(groups)
+    tokens, length = pad_ids([*rows, *[()] * blank], total)
+    start = np.asarray([*starts, *[0] * blank])[:, None]
+    column = np.arange(total)[None]
+    inside = column < length[:, None]
+    mask = inside & (column >= start)
+    ids = first_id + np.arange(capacity, dtype=np.int32)
+    valid = np.arange(capacity) < len(groups)
+    question = np.asarray([g.question for g in groups] + [-1] * blank, np.int32)
+    kind = np.asarray([g.kind for g in groups] + [0] * blank, np.int32)
+    zeros = np.zeros((capacity, total), np.int32)
+    rollout = types.Rollout(
+      tokens=tokens, segment_ids=inside.astype(np.int32),
+      positions=np.where(inside, column, 0).astype(np.int32), loss_mask=mask,
+      behavior_logp=zeros.astype(np.float32), version=zeros, turn_id=mask.astype(np.int32),
+      group_id=ids, traj_id=ids, traj_tokens=mask.sum(1).astype(np.float32),
+      role_id=np.full(capacity, types.TEACHER, np.int32), kind=kind, question_id=question,
+      reward=valid.astype(np.float32), status=np.zeros(capacity, np.int32), valid=valid)
+    return jax.tree.map(jnp.asarray, rollout)
+
+  def _finish(self, rollout: types.Rollout, groups, size: int, capacity: int, *,
+              graded: bool) -> api.Drawn:
+    """Decodes and grades the rows, and puts the rewards into the rollout."""
+    slots = (*groups, *[None] * (capacity - len(groups)))
+    with self._timer('reward'):
+      texts = self._texts(rollout, len(groups) * size)
+      reward, answers = np.asarray(rollout.reward), [None] * len(texts)
+      if graded and groups:
+        examples = [self.example(g.question) for g in groups for _ in range(size)]
+        scores, results = self._setup.grader.grade(texts, examples)
+        scores = grade_lib.check_rewards(scores, len(texts),
+                                         allow_fractional=self._setup.allow_fractional)
+        reward = np.pad(scores, (0, capacity * size - len(texts)))
+        answers = [r.parsed for r in results]
+        rollout = dataclasses.replace(rollout, reward=jnp.asarray(reward))
+    blank = capacity * size - len(texts)
+    return api.Drawn(rollout, slots, size, (*texts, *[''] * blank), (*answers, *[None] * blank),
+                     reward.astype(np.float32))
+
+  def _texts(self, rollout: types.Rollout, rows: int) -> list[str]:
+    tokens, turns = jax.device_get((rollout.tokens, rollout.turn_id))
+    return [self.decode(tokens[i][turns[i] > 0].tolist()) for i in range(rows)]
+
+  def write(self, prompts: Sequence[str], *, max_tokens: int, tag: str) -> list[str]:
+    setup = self._setup
+    settings = dataclasses.replace(setup.sampling, group_size=1, temperature=0.0, top_k=0,
+                                   top_p=1.0, min_p=0.0, max_new_tokens=max_tokens)
+    found = []
+    for begin in range(0, len(prompts), setup.write_chunk):
+      part = prompts[begin:begin + setup.write_chunk]
+      groups = [api.Group(-1, messages=(types.Message('user', p),)) for p in part]
+      packed = self._prompts(groups, capacity=setup.write_chunk, first_id=0,
+                             bucket=setup.write_prompt_tokens, forced_tokens=0)
+      found += self._texts(self._generate(packed, settings, types.TEACHER), len(part))
+    self.count(f'write/{tag}', len(prompts), 1)
+    return found

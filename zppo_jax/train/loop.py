@@ -1,0 +1,370 @@
+"""The loop: plan, sample, explore, score, credit, step, absorb; metrics and checkpoints around it.
+
+With max_staleness = s, the rollouts of step t were sampled with the weights of step t - s. The update
+is dispatched first and sampling goes on meanwhile, so on disjoint meshes the two overlap; the order
+of every state change is the same, and s = 0 is the plain synchronous loop.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import resource
+import signal as signals
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zppo_jax.core import rng, types
+from zppo_jax.core.errors import UserError
+from zppo_jax.mesh import place
+from zppo_jax.methods import api
+from zppo_jax.train import checkpoint, compiles, evaluate, observe, prepare, state, step
+from zppo_jax.train.context import Setup, StepContext
+from zppo_jax.train.metrics import MetricWriter, PhaseTimer
+from zppo_jax.train.progress import Progress
+
+DEVICE_PHASES = ('time/rollout_policy', 'time/rollout_teacher', 'time/prepare', 'time/update',
+                 'time/plan')
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+  """How long, how stale, and what to write when; counts are rollout steps."""
+
+  num_steps: int
+  max_staleness: int = 0
+  checkpoint_every: int = 10
+  keep_checkpoints: int = 2
+  eval_every: int = 0  # 0 = only before the first and after the last step
+  log_every: int = 1
+  dump_every: int = 10  # rollouts/step_N.jsonl for reading; 0 = never
+  dump_rows: int = 16
+  profile_start: int = -1  # first step of the profiler window, -1 = off
+  profile_steps: int = 3
+  tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run, ready to go."""
+
+  setup: Setup
+  method: api.Method
+  optimizer: Any
+  step_settings: step.StepSettings
+  settings: LoopSettings
+  stream: Any  # question ids, with get_state / set_state
+  workdir: str
+  eval_setup: Setup | None = None
+  eval_settings: evaluate.EvalSettings | None = None
+  reference: Any = None  # frozen policy for KL, where the method needs one
+  warm_start: Any = None  # initial policy weights
+  progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """The sampled batch of one step, on its way to the update."""
+
+  rollouts: tuple[types.Rollout, ...]
+  group_sizes: tuple[int, ...]
+  metrics: dict[str, float]
+  dump: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The jitted functions of a run."""
+
+  prepare: Callable
+  update: Callable
+  absorb: Callable
+  summary: Callable
+  roles: dict[str, Any]
+  abstract: state.TrainState  # with shardings
+
+
+def frozen_roles(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+  """({role: config}, {role: params}) of the frozen models that the jitted step or scorer reads."""
+  configs, params = {}, {}
+  if run.method.needs & {'teacher_hidden', 'teacher_logp'}:
+    if run.setup.teacher is None:
+      raise UserError('teacher: the method scores with a teacher, but the run has none')
+    configs['teacher'], params['teacher'] = run.setup.teacher
+  if 'reference' in run.method.needs:
+    if run.reference is None:
+      raise UserError('reference: the method has a KL term, but the run has no reference policy')
+    configs['reference'], params['reference'] = run.setup.model, run.reference
+  return configs, params
+
+
+def compile_programs(run: Run) -> Programs:
+  """Builds the jitted functions; the train state is donated and keeps its shardings."""
+  config, method, mesh = run.setup.model, run.method, run.setup.mesh
+  role_configs, roles = frozen_roles(run)
+  in_step = {k: v for k, v in role_configs.items() if 'teacher_hidden' in method.needs}
+  init = lambda: state.create(config, method, run.optimizer, seed=run.setup.seed)
+  shapes = jax.eval_shape(init)
+  shardings = state.shardings(shapes, config, method, mesh)
+  update = step.make_train_step(config, method, run.optimizer, run.step_settings, in_step)
+  return Programs(
+    prepare=jax.jit(prepare.make_prepare(config, method, run.step_settings, role_configs),
+                    static_argnums=5),
+    update=jax.jit(lambda s, parts, r: update(s, parts, {k: r[k] for k in in_step}),
+                   donate_argnums=0, out_shardings=(shardings, place.replicated(mesh))),
+    absorb=jax.jit(lambda s, parts: method.absorb(
+      s, prepare.join(parts, max(p.tokens.shape[1] for p in parts)))),
+    summary=jax.jit(method.summary),
+    roles=roles, abstract=checkpoint.abstract(shapes, shardings))
+
+
+def initial_state(run: Run, programs: Programs) -> state.TrainState:
+  shardings = jax.tree.map(lambda x: x.sharding, programs.abstract)
+  make = jax.jit(lambda policy: state.create(run.setup.model, run.method, run.optimizer,
+                                             seed=run.setup.seed, policy=policy),
+                 out_shardings=shardings)
+  return make(run.warm_start)
+
+
+def sample(run: Run, params, method_state, at: int, version, timer) -> tuple[Any, Sampled]:
+  """Phases one and two of a step: (method state, sampled batch)."""
+  batch = next(run.stream)
+  ctx = StepContext(run.setup, params, step=at, version=int(version), stream=run.stream,
+                    timer=timer)
+  with timer('plan'):
+    method_state, groups = run.method.plan(method_state, batch, ctx)
+  drawn = ctx.draw(groups, capacity=run.method.capacity, group_size=run.method.group_size)
+  method_state, parts = run.method.explore(method_state, drawn, ctx)
+  found = ctx.metrics() | observe.rollout_metrics(parts)
+  dump = []
+  if run.settings.dump_every and at % run.settings.dump_every == 0:
+    dump = observe.readable(parts, ctx, run.settings.dump_rows)
+  return method_state, Sampled(tuple(p.rollout for p in parts),
+                               tuple(p.group_size for p in parts), found, dump)
+
+
+class _Saver:
+  """Checkpoints of a run, and the way back from them."""
+
+  def __init__(self, run: Run):
+    self._run = run
+    self._manager = checkpoint.make_manager(
+      os.path.join(os.path.abspath(run.workdir), 'checkpoints'),
+      every=run.settings.checkpoint_every, keep=run.settings.keep_checkpoints)
+
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, at: int, train_state, queue, chrono: float, force: bool = False) -> None:
+    items = list(queue)
+    meta = {'stream': self._run.stream.get_state(), 'seconds': chrono,
+            'pending': [{'group_sizes': q.group_sizes, 'metrics': q.metrics, 'dump': q.dump}
+                        for q in items]}
+    checkpoint.save(self._manager, at, state=train_state, pending=[q.rollouts for q in items],
+                    meta=meta, force=force and self._manager.latest_step() != at)
+
+  def restore(self, at: int, abstract):
+    train_state, pending, meta = checkpoint.restore(self._manager, at, state=abstract)
+    self._run.stream.set_state(meta['stream'])
+    queue = collections.deque(
+      Sampled(tuple(types.Rollout(**r) for r in rollouts), tuple(m['group_sizes']), m['metrics'],
+              m['dump']) for rollouts, m in zip(pending, meta['pending']))
+    return train_state, queue, meta['seconds']
+
+  def close(self) -> None:
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+class _Preemption:
+  """Notes a SIGTERM, so that the step in progress ends and is saved."""
+
+  def __init__(self):
+    self.asked = False
+    self._old = None
+
+  def __enter__(self):
+    try:
+      self._old = signals.signal(signals.SIGTERM, self._note)
+    except ValueError:  # not the main thread
+      self._old = None
+    return self
+
+  def _note(self, *_):
+    self.asked = True
+
+  def __exit__(self, *_):
+    if self._old is not None:
+      signals.signal(signals.SIGTERM, self._old)
+
+
+def _evaluate(run: Run, params) -> dict[str, float]:
+  if run.eval_setup is None:
+    return {}
+  return evaluate.evaluate(run.eval_setup, params, run.eval_settings)
+
+
+def _update(run: Run, programs: Programs, train_state, item: Sampled, at: int, timer):
+  """Credit and train step: (train state, device metrics)."""
+  key = rng.fold(jax.random.key(run.setup.seed), at, 'minibatches')
+  with timer('prepare'):
+    method_state, parts = programs.prepare(
+      {k: v for k, v in train_state.params.items()}, train_state.method, item.rollouts, key,
+      programs.roles, item.group_sizes)
+    jax.block_until_ready(parts)
+  with timer('update'):
+    train_state = dataclasses.replace(train_state, method=method_state)
+    train_state, metrics = programs.update(train_state, parts, programs.roles)
+    if not run.settings.max_staleness:
+      jax.block_until_ready(metrics)
+  return train_state, metrics
+
+
+def _fetch(run: Run, rows: list[tuple[int, dict, dict]], writer: MetricWriter) -> None:
+  """Writes the rows gathered since the last call; one transfer for all of them."""
+  device = jax.device_get([r[1] for r in rows])
+  for (at, _, host), found in zip(rows, device):
+    found = {k: float(v) for k, v in found.items()}
+    bad = found.pop('nonfinite_max', 0.0)
+    writer.write_scalars(at, host | found)
+    if bad:
+      raise UserError(f'non-finite gradient at step {at}: parameters before the step are kept in '
+                      f'{run.workdir}/checkpoints and its rollouts in {run.workdir}/rollouts')
+  rows.clear()
+
+
+def train(run: Run) -> state.TrainState:
+  """Runs to settings.num_steps, from the newest checkpoint in the workdir if there is one.
+
+  Raises UserError on a non-finite gradient, after saving the state before it; SystemExit(42) after
+  a SIGTERM, with the state saved.
+  """
+  compiles.install()
+  programs, saver, timer = compile_programs(run), _Saver(run), PhaseTimer()
+  begin = saver.latest()
+  queue: collections.deque[Sampled] = collections.deque()
+  chrono = 0.0
+  if begin is None:
+    train_state = initial_state(run, programs)
+  else:
+    train_state, queue, chrono = saver.restore(begin, programs.abstract)
+  with (MetricWriter(run.workdir, after_step=-1 if begin is None else begin,
+                     tensorboard=run.settings.tensorboard) as writer,
+        Progress(run.settings.num_steps, start_step=begin or 0, every=run.settings.log_every,
+                 enabled=run.progress) as progress,
+        _Preemption() as preemption, jax.set_mesh(run.setup.mesh)):
+    if begin is None:
+      writer.write_scalars(0, _evaluate(run, train_state.params['policy']))
+      saver.save(0, train_state, queue, chrono, force=True)
+    body = _Body(run, programs, saver, timer, writer, progress)
+    try:
+      train_state = body.steps(train_state, queue, begin or 0, chrono, preemption)
+    finally:
+      saver.close()
+  return train_state
+
+
+@dataclasses.dataclass
+class _Body:
+  """The steps themselves, with the tools they write to."""
+
+  run: Run
+  programs: Programs
+  saver: _Saver
+  timer: PhaseTimer
+  writer: MetricWriter
+  progress: Progress
+
+  def steps(self, train_state, queue, begin: int, chrono: float, preemption: _Preemption):
+    run, last = self.run, self.run.settings.num_steps
+    rows: list = []
+    while len(queue) < run.settings.max_staleness and begin + len(queue) < last:
+      train_state, item = self._sample(train_state, train_state.params['policy'],
+                                       begin + len(queue))
+      queue.append(item)
+    for at in range(begin, last):
+      self._profile(at)
+      start = time.perf_counter()
+      train_state, metrics, host = self._one(train_state, queue, at)
+      chrono += time.perf_counter() - start
+      done = at + 1
+      every = run.settings.eval_every
+      if done == last or (every and done % every == 0):
+        host |= _evaluate(run, train_state.params['policy'])
+        self.timer.take()  # evaluation is not part of any step
+      rows.append((done, metrics, host))
+      stop = done == last or preemption.asked
+      saves = stop or done % run.settings.checkpoint_every == 0
+      if saves or done % run.settings.log_every == 0:
+        try:
+          _fetch(run, rows, self.writer)
+        except UserError:
+          self.saver.save(done, train_state, queue, chrono, force=True)
+          raise
+        self.progress.update(done, self._shown(host, metrics))
+      if saves:
+        self.saver.save(done, train_state, queue, chrono, force=stop)
+      if preemption.asked and done < last:
+        self.saver.close()
+        raise SystemExit(42)
+    return train_state
+
+  def _shown(self, host, metrics):
+    device = {k: float(metrics[k]) for k in ('loss/policy', 'loss/nll') if k in metrics}
+    return {'loss': device.get('loss/nll', device.get('loss/policy', 0.0))} | host
+
+  def _sample(self, train_state, params, at: int):
+    method_state, item = sample(self.run, params, train_state.method, at, train_state.version,
+                                self.timer)
+    return dataclasses.replace(train_state, method=method_state), item
+
+  def _one(self, train_state, queue, at: int):
+    """One rollout step: (train state, device metrics, host metrics)."""
+    run, stale = self.run, self.run.settings.max_staleness
+    start = time.perf_counter()
+    if not stale:
+      train_state, item = self._sample(train_state, train_state.params['policy'], at)
+      queue.append(item)
+    item = queue.popleft()
+    lag = observe.version_lag(item.rollouts, int(train_state.version))
+    sampler = jax.tree.map(jnp.copy, train_state.params['policy']) if stale else None
+    train_state, metrics = _update(run, self.programs, train_state, item, at, self.timer)
+    if stale and at + stale < run.settings.num_steps:
+      train_state, ahead = self._sample(train_state, sampler, at + stale)
+      queue.append(ahead)
+    train_state = dataclasses.replace(
+      train_state, method=self.programs.absorb(train_state.method, item.rollouts))
+    metrics = metrics | self.programs.summary(train_state.method)
+    self._dump(item, at)
+    return train_state, metrics, item.metrics | lag | self._timing(start, item)
+
+  def _timing(self, start: float, item: Sampled) -> dict[str, float]:
+    total = time.perf_counter() - start
+    found = self.timer.take()
+    device = sum(found.get(k, 0.0) for k in DEVICE_PHASES)
+    return found | {
+      'time/step': total, 'time/host_frac': max(0.0, 1 - device / total),
+      'tokens_per_s': item.metrics['sampled_tokens'] / total, 'compile_count': compiles.count(),
+      'memory_peak_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+  def _dump(self, item: Sampled, at: int) -> None:
+    if item.dump:
+      folder = os.path.join(self.run.workdir, 'rollouts')
+      os.makedirs(folder, exist_ok=True)
+      with open(os.path.join(folder, f'step_{at}.jsonl'), 'w', encoding='utf-8') as file:
+        file.writelines(json.dumps(row) + '\n' for row in item.dump)
+
+  def _profile(self, at: int) -> None:
+    settings = self.run.settings
+    if settings.profile_start < 0:
+      return
+    if at == settings.profile_start:
+      jax.profiler.start_trace(os.path.join(self.run.workdir, 'profile'))
+    if at == min(settings.profile_start + settings.profile_steps, settings.num_steps - 1):
+      jax.profiler.stop_trace()

@@ -1,0 +1,82 @@
+"""What a user sees of the rollouts of a step: numbers for the metrics, rows for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from zppo_jax.core import types
+from zppo_jax.methods import api
+
+
+def _kind_metrics(part: api.Drawn) -> dict[int, list[tuple[float, bool]]]:
+  """(accuracy, trivial) of each group by kind."""
+  reward = part.reward.reshape(-1, part.group_size)
+  found: dict[int, list[tuple[float, bool]]] = {}
+  for slot, group in enumerate(part.groups):
+    if group is not None:
+      row = reward[slot]
+      found.setdefault(group.kind, []).append((float(row.mean()), bool(row.max() == row.min())))
+  return found
+
+
+def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
+  """Rewards, groups, lengths and cost of a step. Plain statistics are over kind-0 policy groups."""
+  first = parts[0]
+  rows = np.asarray(first.rollout.valid)
+  reward = first.reward[rows]
+  length = np.asarray(first.rollout.traj_tokens)[rows]
+  status = np.asarray(first.rollout.status)[rows]
+  found = {
+    'reward/mean': float(reward.mean()), 'reward/std': float(reward.std()),
+    'reward/min': float(reward.min()), 'reward/max': float(reward.max()),
+    'response/len_mean': float(length.mean()), 'response/len_max': float(length.max()),
+    'response/truncated_frac': float((status == types.TRUNCATED).mean()),
+  }
+  by_kind: dict[int, list[tuple[float, bool]]] = {}
+  for part in parts:
+    for kind, groups in _kind_metrics(part).items():
+      by_kind.setdefault(kind, []).extend(groups)
+  for kind, groups in sorted(by_kind.items()):
+    found[f'group/kind{kind}_count'] = len(groups)
+    found[f'group/kind{kind}_accuracy'] = float(np.mean([a for a, _ in groups]))
+    found[f'group/kind{kind}_zero_var_frac'] = float(np.mean([t for _, t in groups]))
+  everything = [x for groups in by_kind.values() for x in groups]
+  found['reward/zero_var_frac'] = float(np.mean([t for _, t in everything]))
+  plain = [a for a, _ in by_kind.get(api.PLAIN, [])]
+  bins = {'zero': lambda a: a <= 0, 'low': lambda a: 0 < a < 0.5, 'high': lambda a: 0.5 <= a < 1,
+          'one': lambda a: a >= 1}
+  for name, inside in bins.items():
+    found[f'group/pass_rate_{name}'] = float(np.mean([inside(a) for a in plain])) if plain else 0.0
+  found['rollouts'] = float(sum(np.asarray(p.rollout.valid).sum() for p in parts))
+  found['sampled_tokens'] = float(sum(np.asarray(p.rollout.loss_mask).sum() for p in parts))
+  return found
+
+
+def version_lag(rollouts: Sequence[types.Rollout], version: int) -> dict[str, float]:
+  """How many updates ago the loss tokens were sampled."""
+  lags = [version - np.asarray(r.version)[np.asarray(r.loss_mask)] for r in rollouts]
+  lag = np.concatenate(lags) if lags else np.zeros(1)
+  return {'version_lag/mean': float(lag.mean()) if lag.size else 0.0,
+          'version_lag/max': float(lag.max()) if lag.size else 0.0}
+
+
+def readable(parts: Sequence[api.Drawn], ctx, max_rows: int) -> list[dict[str, Any]]:
+  """Rows for rollouts/step_N.jsonl: some of every kind of group."""
+  found = []
+  share = max(1, max_rows // max(1, len({g.kind for p in parts for g in p.groups if g})))
+  taken: dict[int, int] = {}
+  for part in parts:
+    for slot, group in enumerate(part.groups):
+      if group is None or taken.get(group.kind, 0) >= share:
+        continue
+      row = part.rows(slot)[taken.get(group.kind, 0) % part.group_size]
+      taken[group.kind] = taken.get(group.kind, 0) + 1
+      example = ctx.example(group.question)
+      messages = group.messages or example.messages
+      found.append({'question': example.uid, 'kind': group.kind, 'prompt': messages[-1].content,
+                    'response': part.texts[row], 'parsed': part.answers[row],
+                    'answer': example.answer, 'reward': float(part.reward[row])})
+  return found
