@@ -33,8 +33,8 @@ def rewards(seed=0):
 
 def test_rloo_is_a_multiple_of_dr_grpo_and_leaves_one_out():
   r = rewards()
-  rloo = advantages.rloo(r, GID, ALL, num_groups=P)
-  dr = advantages.dr_grpo(r, GID, ALL, num_groups=P)
+  rloo = GROUPED['rloo'](r, GID, ALL, num_groups=P)
+  dr = GROUPED['dr_grpo'](r, GID, ALL, num_groups=P)
   np.testing.assert_allclose(rloo, G / (G - 1) * dr, atol=1e-6)
   others = (r.reshape(P, G).sum(1, keepdims=True) - r.reshape(P, G)) / (G - 1)
   np.testing.assert_allclose(rloo, (r.reshape(P, G) - others).ravel(), atol=1e-6)
@@ -142,7 +142,7 @@ def test_closed_form_of_the_norm_with_zero(seed):
 def test_over_tokens_weighs_long_responses_more():
   r = np.float32([1, 0, 0, 0.5])
   gid, tokens = np.array([0, 0, 1, 1]), np.float32([1, 3, 5, 2])
-  a = advantages.reinforce_pp_baseline(
+  a = pp_baseline(
     r, gid, ALL[:4], num_groups=2, over='tokens', token_counts=tokens, ddof=1, eps=0.0
   )
   x = np.repeat([0.5, -0.5, -0.25, 0.25], tokens.astype(int))
@@ -153,7 +153,7 @@ def test_over_tokens_weighs_long_responses_more():
 def test_token_counts_of_left_out_rows_do_not_matter():
   r, gid = np.float32([1, 0, 1, 1, np.nan]), np.array([0, 0, 1, 1, 0])
   fn = functools.partial(
-    advantages.reinforce_pp_baseline, r, gid, ALL[:5], num_groups=2, over='tokens'
+    pp_baseline, r, gid, ALL[:5], num_groups=2, over='tokens'
   )
   a = fn(token_counts=np.float32([2, 3, 4, 5, 6]))
   b = fn(token_counts=np.float32([2, 3, 400, np.nan, np.nan]))
@@ -190,14 +190,17 @@ def tokens(seed=0, n=5, t=9):
 
 def test_gae_matches_rlax_on_the_masked_in_tokens():
   rlax = pytest.importorskip('rlax')
+  oracle = jax.jit(rlax.truncated_generalized_advantage_estimation)
   (r, v), mask = tokens()
   adv, ret = advantages.gae(r, v, mask, gamma=0.97, lam=0.9)
   for i in range(len(r)):
     keep = mask[i]
     if keep.any():
-      want = rlax.truncated_generalized_advantage_estimation(
-        jnp.array(r[i][keep]), jnp.full(keep.sum(), 0.97), 0.9, jnp.append(v[i][keep], 0.0)
-      )
+      # rlax wants one length: rewards and discounts are zero after the last token
+      pad = lambda x: np.append(x, np.zeros(10 - len(x))).astype(np.float32)
+      rewards, values = pad(r[i][keep])[:9], pad(v[i][keep])
+      discounts = pad(np.full(keep.sum(), 0.97))[:9]
+      want = np.asarray(oracle(rewards, discounts, 0.9, values))[: keep.sum()]
       np.testing.assert_allclose(adv[i][keep], want, rtol=1e-5, atol=1e-6)
       np.testing.assert_allclose(ret[i][keep], want + v[i][keep], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(adv[i][~keep], 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ def run(main: Callable[[Launch], int | None]) -> None:
 
 def _call(main: Callable[[Launch], int | None], argv: Sequence[str]) -> int | None:
   values = flags.FLAGS
+  logging.getLogger('absl').setLevel(logging.WARNING)  # orbax reports every file it writes
   try:
     if len(argv) > 1:
       raise UserError(f'unexpected argument {argv[1]!r}: flags start with --')

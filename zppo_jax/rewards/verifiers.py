@@ -135,12 +135,16 @@ def judge_numeric_exact(answer: str, example: Example) -> VerifyResult:
 
 
 def judge_mod_equal(answer: str, example: Example) -> VerifyResult:
-  """Equal integers modulo args `modulus`."""
+  """The residue itself: 0 <= answer < args `modulus` and equal to the gold modulo it.
+
+  A congruent number outside that range is the unreduced work, which would pass without the task.
+  """
   modulus = int(_arg(example, 'modulus'))
   value, gold = to_number(answer), to_number(example.answer)
   if value is None or value.denominator != 1:
     return _result(0.0, answer, 'not an integer')
-  return _result(gold is not None and (value - gold) % modulus == 0, answer)
+  reduced = 0 <= value < modulus
+  return _result(gold is not None and reduced and (value - gold) % modulus == 0, answer)
 
 
 def judge_countdown(answer: str, example: Example) -> VerifyResult:

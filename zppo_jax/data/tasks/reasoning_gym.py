@@ -19,6 +19,9 @@ _RANGE = 10**8  # item numbers of one (seed, split)
 _MAX_DRAWS = 300
 # Data sets whose metadata holds a plain expression of + - * / to work through.
 _EXPRESSIONS = frozenset({'chain_sum', 'basic_arithmetic'})
+# Data sets whose answer is one integer: equality is their own verdict below partial credit, so the
+# exact grader serves them inline, without a process of its own.
+_INTEGERS = _EXPRESSIONS | {'gcd', 'lcm'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +89,13 @@ class ReasoningGymSource:
     entry = self.entry(index)
     question = entry['question'].strip()
     answer = '' if entry['answer'] is None else str(entry['answer'])
+    exact = self.dataset in _INTEGERS
     return Example(
       uid=common.content_uid(f'reasoning_gym/{self.dataset}', self.split, [question, answer]),
       messages=(Message('user', question),),
       answer=answer,
-      verifier='reasoning_gym',
-      verifier_args={'dataset': self.dataset, 'entry': entry},
+      verifier='numeric_exact' if exact else 'reasoning_gym',
+      verifier_args={} if exact else {'dataset': self.dataset, 'entry': entry},
       meta={
         'task': f'reasoning_gym/{self.dataset}',
         'split': self.split,
@@ -99,6 +103,15 @@ class ReasoningGymSource:
       },
       solution=_solution(self.dataset, entry) if answer else None,
     )
+
+  def distractor(self, index: int) -> str:
+    """A wrong answer: a neighbouring integer, or the answer of another item."""
+    answer = self.entry(index)['answer']
+    rng = common.generator(common.hash32(self.dataset), self.seed, self.split, index)
+    if str(answer).lstrip('-').isdecimal():
+      return str(common.wrong_integer(rng, int(answer), []))
+    others = (self.entry(int(i))['answer'] for i in rng.integers(self.size, size=_MAX_DRAWS))
+    return next((str(o) for o in others if o != answer), f'{answer}?')
 
 
 def _solution(dataset: str, entry: dict[str, Any]) -> str:
