@@ -11,8 +11,12 @@ from typing import Any
 from zppo_jax.launch import app, workdir
 
 
-def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = False) -> str:
-  """Validates, prepares the workdir and trains; returns the workdir. Raises UserError."""
+def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = False,
+          report_paths: bool = True) -> str:
+  """Validates, prepares the workdir and trains; returns the workdir. Raises UserError.
+
+  Writes plots and a page into the workdir and, with `report_paths`, prints where.
+  """
   import jax
 
   from zppo_jax.launch import build, validate
@@ -29,7 +33,8 @@ def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = Fal
   paths = report.write_report({config.method.name: place.path}, place.path,
                               title=f'{config.method.name}: {folder}')
   workdir.mark_done(place.path)
-  print('\n'.join(paths))
+  if report_paths:
+    print('\n'.join(paths))
   return folder
 
 

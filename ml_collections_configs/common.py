@@ -11,8 +11,8 @@ INSTRUCTION = ('Think step by step inside <think> and </think>, then give the fi
 
 # Sizes by formula until checkpoints are loaded; vocab 0 = from the tokenizer.
 MODELS = {
-  'tiny_student': dict(hidden=96, layers=3, heads=4, kv_heads=2, head_dim=24, inter=256,
-                       rope_theta=1e4, context=1024),
+  'tiny': dict(hidden=96, layers=2, heads=4, kv_heads=2, head_dim=24, inter=192, rope_theta=1e4,
+               unroll=2, vocab_multiple=8),
   '0.6b': dict(hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, inter=3072,
                vocab=151_936),
   '2b': dict(hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, inter=6144,
@@ -33,7 +33,7 @@ def preset_name(arg):
 def model(name, **changes):
   """A model section by size name."""
   fields = dict(vocab=0, vocab_multiple=128, qk_norm=True, rope_theta=1e6, norm_eps=1e-6, tied=True,
-                dtype='float32', param_dtype='float32', remat=False, query_chunk=1024,
+                dtype='float32', param_dtype='float32', remat=False, unroll=1, query_chunk=1024,
                 mixers=('full',), context=32_768)
   return config_dict.ConfigDict(fields | MODELS[name] | changes)
 
@@ -44,12 +44,13 @@ def fields(**types):
 
 
 def arithmetic_tasks():
-  """Embedded verifiable questions: sums, modular maths, and third-party chain sums."""
+  """Embedded verifiable questions: sums, modular maths, and third-party arithmetic in words."""
   return dict(
     sums=dict(name='arithmetic', digits=1, terms=3, weight=1.0),
     modular=dict(name='modmath', weight=1.0),
-    chain=dict(name='reasoning_gym', dataset='chain_sum', weight=1.0,
-               config=dict(min_terms=2, max_terms=3, min_digits=1, max_digits=1)))
+    calculate=dict(name='reasoning_gym', dataset='basic_arithmetic', weight=1.0,
+                   config=dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1,
+                               allow_parentheses=False, operators=('+', '-'))))
 
 
 def base(preset):
@@ -61,25 +62,28 @@ def base(preset):
   c.max_staleness = 0
   c.allow_uncorrected_staleness = False
   c.method = config_dict.ConfigDict(dict(name='grpo'))
-  c.model = model('tiny_student', vocab_multiple=8) if tiny else model(
+  c.model = model('tiny') if tiny else model(
     '2b' if preset == 'pod' else '0.6b', dtype='bfloat16', param_dtype='float32', remat=True)
   c.init = dict(checkpoint='')
-  c.teacher = dict(checkpoint='', model=model('tiny_student', vocab_multiple=8) if tiny else model(
+  c.teacher = dict(checkpoint='', model=model('tiny') if tiny else model(
     '27b', dtype='bfloat16', param_dtype='bfloat16'))
   c.tokenizer = dict(kind='char', path='', pieces=('\\boxed{',))
   c.data = dict(
     path='', schema='auto', on_bad_row='error', heldout_percent=10, tasks=arithmetic_tasks(),
-    size=20_000, eval_size=256, template='plain' if tiny else 'chatml',
+    size=20_000, eval_size=512, template='plain' if tiny else 'chatml',
     instruction='' if tiny else INSTRUCTION, deadline_secs=5.0, allow_fractional=False)
   c.rollout = dict(
-    prompt_tokens=96 if tiny else 4096, reformulated_tokens=352 if tiny else 12_288,
-    max_new_tokens=48 if tiny else 12_288, temperature=1.0, write_prompt_tokens=0 if tiny else
-    16_384, write_chunk=64)
+    prompt_tokens=32 if tiny else 4096, reformulated_tokens=256 if tiny else 12_288,
+    max_new_tokens=40 if tiny else 12_288, temperature=1.0, write_prompt_tokens=0 if tiny else
+    16_384, write_chunk=64, chunk_groups=120 if preset == 'pod' else 0)
   c.optim = dict(learning_rate=3e-4 if tiny else 1e-6, critic_learning_rate=1e-3 if tiny else 1e-5,
                  warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.999, eps=1e-8,
                  weight_decay=0.1, clip_norm=1.0)
-  c.train = dict(micro_batches=1 if tiny else 8, chunk=4096 if tiny else 1024)
+  c.train = dict(micro_batches=1, chunk=4096)
   c.mesh = dict(data=1, fsdp=-1, expert=1, context=1, tensor=1)
+  if preset == 'pod':  # 64 chips; chunk counts positions of the response, for all rows at once
+    c.train = dict(micro_batches=12, chunk=256)
+    c.mesh.tensor = 4
   c.eval = dict(every_steps=0 if tiny else 20, num_questions=256 if tiny else 512, chunk=128,
                 samples=1, temperature=0.0 if tiny else 0.6, top_k=0 if tiny else 20,
                 top_p=1.0 if tiny else 0.95, min_p=0.0)

@@ -25,15 +25,11 @@ def naive(hidden, unembed, targets, *, temperature=1.0, logit_cap=None, num_vali
   return chosen, -(jnp.exp(lp) * lp).sum(-1)
 
 
-OPTIONS = [
-  dict(),
-  dict(temperature=0.7),
-  dict(num_valid=V - 2),
-  dict(logit_cap=2.0, temperature=1.3, num_valid=V - 2),
-]
+ALL = dict(logit_cap=2.0, temperature=1.3, num_valid=V - 2)
+CASES = [(1, {}), (64, {}), (3, dict(temperature=0.7)), (3, ALL)]
 
 
-@pytest.mark.parametrize('chunk, options', [(1, {}), (64, {}), *[(3, x) for x in OPTIONS]])
+@pytest.mark.parametrize('chunk, options', CASES)
 def test_value_and_gradient_equal_the_naive_ones(chunk, options):
   def both(fn):
     def scalar(h, w):
@@ -69,9 +65,8 @@ def test_a_padded_id_is_impossible_and_poisons_nothing():
 
 def test_log_probs_sum_to_one_over_the_vocabulary():
   every = jnp.arange(V)
-  lp, _ = jax.vmap(
-    lambda y: logprobs.logprobs_chunked(HIDDEN, UNEMBED, jnp.full((B, T), y), chunk=3)
-  )(every)
+  fn = lambda y: logprobs.logprobs_chunked(HIDDEN, UNEMBED, jnp.full((B, T), y), chunk=3)
+  lp, _ = jax.jit(jax.vmap(fn))(every)
   np.testing.assert_allclose(jnp.exp(lp).sum(0), 1, rtol=1e-5)
 
 
@@ -90,7 +85,7 @@ def test_bfloat16_inputs_are_reduced_in_float32():
   h, w = HIDDEN.astype(jnp.bfloat16), UNEMBED.astype(jnp.bfloat16)
   lp, ent = logprobs.logprobs_chunked(h, w, TARGETS, chunk=3)
   assert lp.dtype == ent.dtype == jnp.float32
-  want, _ = naive(h.astype(jnp.float32), w.astype(jnp.float32), TARGETS)
+  want, _ = jax.jit(naive)(h.astype(jnp.float32), w.astype(jnp.float32), TARGETS)
   np.testing.assert_allclose(lp, want, atol=1e-4)
 
 

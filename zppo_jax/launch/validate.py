@@ -16,14 +16,14 @@ from zppo_jax.launch.config import (
   unknown_keys,
 )
 from zppo_jax.mesh import place
-from zppo_jax.methods import reformulate, table
+from zppo_jax.methods import api, reformulate, table
 from zppo_jax.models import config as model_lib
 
 RANGES = {  # dotted field -> (low, low is excluded)
   'num_steps': (1, False), 'max_staleness': (0, False), 'rollout.prompt_tokens': (1, False),
   'rollout.reformulated_tokens': (1, False), 'rollout.max_new_tokens': (1, False),
   'rollout.temperature': (0, True), 'rollout.write_prompt_tokens': (0, False),
-  'rollout.write_chunk': (1, False), 'optim.learning_rate': (0, False),
+  'rollout.write_chunk': (1, False), 'rollout.chunk_groups': (0, False), 'optim.learning_rate': (0, False),
   'optim.critic_learning_rate': (0, False), 'optim.warmup_steps': (0, False),
   'optim.decay_steps': (0, False), 'optim.weight_decay': (0, False), 'optim.eps': (0, True),
   'optim.clip_norm': (0, True), 'train.micro_batches': (1, False), 'train.chunk': (1, False),
@@ -102,11 +102,15 @@ def _sharding(config: Any, method: Any, num_devices: int) -> list[Problem]:
     return []
   found, built = [], build.build_method(config)
   shards, pieces = shape['data'] * shape['fsdp'], config.train.micro_batches
-  slots = -(-built.capacity // built.iterations)
-  rows = slots * built.group_size
-  found += check_divisible('method.num_new', rows, pieces * shards,
-                           by=f'rows per mini-batch ({slots} groups of {built.group_size}) over '
-                              f'{pieces} micro-batches and {shards} data shards')
+  for part in (api.Slots(built.capacity, built.group_size), *built.extra):
+    slots = -(-part.capacity // built.iterations)
+    found += check_divisible(
+      'method.num_new', slots * part.group_size, pieces * shards,
+      by=f'{pieces} micro-batches x {shards} data shards; a mini-batch has {slots} groups of '
+         f'{part.group_size} rows')
+  chunk = config.rollout.chunk_groups
+  if chunk and built.capacity > chunk:
+    found += check_divisible('rollout.chunk_groups', built.capacity, chunk, by='chunk_groups')
   if built.iterations > built.capacity:
     found.append(Problem('method.iterations', f'{built.iterations} mini-batches, but only '
                          f'{built.capacity} groups'))
@@ -161,20 +165,22 @@ def _data(config: Any) -> list[Problem]:
   return found
 
 
-def problems(config: Any, *, num_devices: int) -> list[Problem]:
-  """Every problem of a config; an empty list means that it can run."""
+def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Problem]:
+  """Every problem of a config; an empty list means that it can run (`aot`: compile)."""
   found, method = _method(config)
   found += _ranges(config)
   if found and method is None:  # the rest reads numbers that are known to be wrong
     return found + _data(config)
-  found += _model(config) + _data(config) + _roles(config, method)
+  found += _model(config)
+  if not aot:  # checkpoints and files are only needed where it runs
+    found += _data(config) + _roles(config, method)
   return found + _lengths(config, method) + _sharding(config, method, num_devices) + _staleness(config, method)
 
 
-def validate(config: Any, *, num_devices: int) -> None:
+def validate(config: Any, *, num_devices: int, aot: bool = False) -> None:
   """Raises ConfigError listing all problems at once."""
   try:
-    found = problems(config, num_devices=num_devices)
+    found = problems(config, num_devices=num_devices, aot=aot)
   except (KeyError, AttributeError, TypeError) as error:
     raise ConfigError(f'config: {type(error).__name__}: {error}') from error
   raise_all(found)

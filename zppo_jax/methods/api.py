@@ -152,6 +152,15 @@ def no_summary(state) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Slots:
+  """Static size of a part that `explore` adds: group slots, rows per group, prompt bucket."""
+
+  capacity: int
+  group_size: int
+  reformulated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
   """A training method as a value; `dataclasses.replace` composes two of them.
 
@@ -170,6 +179,7 @@ class Method:
   group_size: int
   capacity: int
   iterations: int = 1  # optimiser steps per rollout step
+  extra: tuple[Slots, ...] = ()  # parts of the second phase, in order
   init: Callable = no_state
   explore: Callable = keep_drawn
   absorb: Callable = keep_state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,13 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from zppo_jax.core import masks, trees, types
+from zppo_jax.core import masks, types
 from zppo_jax.methods import api
 from zppo_jax.ops import aggregate, divergences, importance, surrogates
 
 Array = jax.Array
 Aggregation = Literal['token_mean', 'seq_mean_token_mean', 'seq_mean_token_sum',
                       'seq_mean_token_sum_norm']
+
+
+def check_choices(config) -> None:
+  """Raises ValueError for a field typed Literal that holds none of its values."""
+  for name, hint in typing.get_type_hints(type(config)).items():
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    if choices and getattr(config, name) not in choices:
+      raise ValueError(f'{name} must be one of {choices}, got {getattr(config, name)!r}')
 
 
 def plan_new(state, batch: np.ndarray, ctx: api.Context):
@@ -83,6 +92,7 @@ class PolicyLoss:
 
 def check_policy_loss(c: PolicyLoss) -> None:
   """Raises ValueError naming the field, the bound and the value."""
+  check_choices(c)
   if c.surrogate in ('clip', 'gspo'):
     surrogates.check_clip(c.eps_low, c.eps_high, c.dual_clip)
   aggregate.check_aggregation(c.aggregation, c.surrogate)
@@ -131,25 +141,28 @@ def policy(c: PolicyLoss) -> api.Term:
   return term
 
 
-def kl_penalty(beta: float, kind: str, aggregation: Aggregation) -> api.Term:
+def kl_penalty(beta: float, kind: str, aggregation: Aggregation,
+               max_tokens: int | None = None) -> api.Term:
   """beta * KL estimate to the reference on the sampled tokens; k1 has no gradient and is refused."""
   if kind == 'k1':
     raise ValueError("kl_kind must be 'k2', 'k3' or 'k3+' in the loss, got 'k1'")
 
   def term(out: api.Outputs, s: types.Signal):
     loss = divergences.kl_estimate(on_mask(s.mask, out.logp), on_mask(s.mask, s.ref_logp), kind)
-    num, den = aggregate.aggregate(loss, s.mask, aggregation, traj_tokens=s.traj_tokens)
+    num, den = aggregate.aggregate(loss, s.mask, aggregation, traj_tokens=s.traj_tokens,
+                                   max_tokens=max_tokens)
     return beta * num, den, {'loss/kl': (num, den)}
 
   return term
 
 
-def entropy_bonus(weight: float, aggregation: Aggregation) -> api.Term:
+def entropy_bonus(weight: float, aggregation: Aggregation,
+                  max_tokens: int | None = None) -> api.Term:
   """-weight * entropy of the policy at the sampled positions."""
 
   def term(out: api.Outputs, s: types.Signal):
     num, den = aggregate.aggregate(on_mask(s.mask, out.entropy), s.mask, aggregation,
-                                   traj_tokens=s.traj_tokens)
+                                   traj_tokens=s.traj_tokens, max_tokens=max_tokens)
     return -weight * num, den, {'loss/entropy': (-num, den)}
 
   return term
@@ -197,13 +210,26 @@ def teacher_divergence(kind: str, *, beta: float, temperature: float, chunk: int
   return term
 
 
+def _lay_over(base: types.Rollout | None, top: types.Rollout, rows: np.ndarray, here: np.ndarray):
+  """Row rows[i] of `top` where here[i], row i of `base` elsewhere."""
+  found = jax.tree.map(lambda x: x[np.where(here, rows, 0)], top)
+  if base is None:
+    return found
+  return jax.tree.map(
+    lambda a, b: jnp.where(here.reshape(-1, *(1,) * (a.ndim - 1)), a, b), found, base)
+
+
 def keep_groups(parts: Sequence[api.Drawn], picks: Sequence[tuple[int, int]]) -> api.Drawn:
-  """One Drawn of the picked (part, slot) groups, renumbered from 0; parts share their shapes."""
+  """One Drawn of the picked (part, slot) groups, renumbered from 0; parts share their shapes.
+
+  One gather per part, so that no shape depends on how many parts there are.
+  """
   size = parts[0].group_size
-  rollout = trees.concat([p.rollout for p in parts])
   offsets = np.cumsum([0] + [len(p.texts) for p in parts])
   rows = np.concatenate([offsets[p] + np.asarray(parts[p].rows(s)) for p, s in picks])
-  rollout = jax.tree.map(lambda x: x[rows], rollout)
+  rollout = None
+  for begin, end, part in zip(offsets, offsets[1:], parts):
+    rollout = _lay_over(rollout, part.rollout, rows - begin, (rows >= begin) & (rows < end))
   new_ids = jnp.repeat(jnp.arange(len(picks), dtype=jnp.int32), size)
   sample = jnp.tile(jnp.arange(size, dtype=jnp.int32), len(picks))
   rollout = dataclasses.replace(rollout, group_id=new_ids, traj_id=new_ids * size + sample)

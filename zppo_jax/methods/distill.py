@@ -45,6 +45,7 @@ class Config:
 
 def check(c: Config) -> None:
   """Raises ValueError naming the field, the bound and the value."""
+  common.check_choices(c)
   divergences.check_divergence(c.divergence, beta=c.beta, temperature=c.temperature)
   for name in ('num_new', 'group_size', 'teacher_group_size', 'teacher_chunk', 'chunk'):
     if getattr(c, name) < 1:
@@ -90,7 +91,8 @@ def build(c: Config) -> api.Method:
       absorb=second_phase.refresh(capacity=capacity, group_size=c.group_size, tau=c.tau),
       summary=second_phase.buffer_summary)
   if c.source == 'teacher':
-    fields['explore'] = _teacher_rows(c, capacity)
+    fields |= dict(explore=_teacher_rows(c, capacity),
+                   extra=(api.Slots(capacity, c.teacher_group_size),))
   if c.signal == 'advantage':
     terms, needs = (common.policy(common.PolicyLoss()),), {'teacher_logp', 'old_logp'}
   else:

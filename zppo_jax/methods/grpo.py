@@ -58,6 +58,7 @@ ESTIMATORS = {
 
 def check(c: Config) -> None:
   """Raises ValueError naming the field, the bound and the value."""
+  common.check_choices(c)
   advantages.check_group_size(c.estimator, c.group_size)
   for name, least in (('num_new', 1), ('iterations', 1), ('max_draws', 1), ('kl_beta', 0),
                       ('entropy_weight', 0), ('overlong_buffer', 0)):
@@ -91,7 +92,8 @@ def advantage(c: Config, state, rollout: types.Rollout, scores: types.Scores) ->
   if c.estimator == 'reinforce':
     return advantages.reinforce(reward, rollout.valid)
   if c.estimator == 'remax':
-    return advantages.remax(reward, jnp.repeat(state, c.group_size), rollout.valid)
+    # By group id: the rows were dealt to mini-batches since the greedy answers were drawn.
+    return advantages.remax(reward, state[rollout.group_id], rollout.valid)
   if c.estimator == 'reinforce_pp':
     token_reward = common.outcome_reward(rollout, reward, scores,
                                          kl_beta=c.kl_beta if c.kl_in_reward else 0.0)
@@ -161,9 +163,9 @@ def build(c: Config) -> api.Method:
 
   terms = [common.policy(policy_loss(c))]
   if in_loss:
-    terms.append(common.kl_penalty(c.kl_beta, c.kl_kind, c.aggregation))
+    terms.append(common.kl_penalty(c.kl_beta, c.kl_kind, c.aggregation, c.max_tokens))
   if c.entropy_weight:
-    terms.append(common.entropy_bonus(c.entropy_weight, c.aggregation))
+    terms.append(common.entropy_bonus(c.entropy_weight, c.aggregation, c.max_tokens))
   needs = {'old_logp'} if c.iterations > 1 or c.correction != 'none' or c.kl_in_reward else set()
   fields = {}
   if c.estimator == 'remax':

@@ -23,6 +23,13 @@ def tail(source: str, ctx: api.Context, max_tokens: int) -> str:
   return text.restore_answer(source, ctx.decode(ctx.encode(source)[-max_tokens:]))
 
 
+def _answer_line(source: str) -> str:
+  answer = text.extract(source)
+  if answer is None:
+    return 'The source gives no final answer: do not add one.'
+  return f'The final answer to copy is \\boxed{{{answer}}}.'
+
+
 def compress(how: str, sources: Sequence[str], ctx: api.Context, *, max_tokens: int,
              wording: text.Wording) -> list[str]:
   """Each trace in at most max_tokens tokens and with the same final answer.
@@ -36,8 +43,7 @@ def compress(how: str, sources: Sequence[str], ctx: api.Context, *, max_tokens: 
   found = [text.read_summary(t) for t in ctx.write(prompts, max_tokens=max_tokens, tag='compress')]
   bad = [i for i, (s, f) in enumerate(zip(sources, found)) if not text.keeps_answer(s, f)]
   if bad:
-    named = [f'{prompts[i]}\nThe final answer to copy is \\boxed{{{text.extract(sources[i])}}}.'
-             for i in bad]
+    named = [f'{prompts[i]}\n{_answer_line(sources[i])}' for i in bad]
     for i, redone in zip(bad, ctx.write(named, max_tokens=max_tokens, tag='compress')):
       redone = text.read_summary(redone)
       kept = text.keeps_answer(sources[i], redone)
@@ -46,11 +52,12 @@ def compress(how: str, sources: Sequence[str], ctx: api.Context, *, max_tokens: 
   return [text.restore_answer(s, f) for s, f in zip(sources, found)]
 
 
-def _picked(c, drawn: api.Drawn, ctx: api.Context, *, limit: int) -> list[tuple[int, str]]:
+def _picked(c, drawn: api.Drawn, ctx: api.Context, *, limit: int,
+            finished: bool = False) -> list[tuple[int, str]]:
   """(slot, one right teacher trace) of the hardest questions; those without one are skipped."""
   slots = second_phase.hard_slots(drawn, c.tau)[:limit]
   right = second_phase.right_traces(drawn, slots, ctx, group_size=c.teacher_group_size,
-                                    chunk=c.teacher_chunk)
+                                    chunk=c.teacher_chunk, finished=finished)
   found = []
   for slot in slots:
     if right[slot]:
@@ -109,7 +116,10 @@ def teacher_response(c, capacity: int):
   """
 
   def explore(state, drawn: api.Drawn, ctx: api.Context):
-    picked = _picked(c, drawn, ctx, limit=capacity)
+    # An answer that was cut has no room for the stop token that closes a given response.
+    picked = _picked(c, drawn, ctx, limit=capacity, finished=True)
+    if not picked:
+      return state, [drawn]
     given = ctx.draw([api.Group(drawn.groups[s].question, response=ctx.encode(t))
                       for s, t in picked], capacity=capacity, group_size=1)
     rows = []
@@ -124,12 +134,13 @@ def teacher_response(c, capacity: int):
 
 def _replace_rows(drawn: api.Drawn, given: api.Drawn, rows: list[int]) -> api.Drawn:
   """Drawn with given row i written over row rows[i], reward 1."""
-  index = jnp.asarray(rows, jnp.int32)
+  # One index per slot, so that no shape depends on how many rows there are; blanks point outside.
+  index = jnp.asarray([*rows, *[len(drawn.texts)] * (len(given.texts) - len(rows))], jnp.int32)
   reward, texts, answers = drawn.reward.copy(), list(drawn.texts), list(drawn.answers)
   for i, row in enumerate(rows):
     reward[row], texts[row], answers[row] = 1.0, given.texts[i], given.answers[i]
   changed = {name: getattr(drawn.rollout, name).at[index].set(
-    getattr(given.rollout, name)[:len(rows)]) for name in ROW_FIELDS}
+    getattr(given.rollout, name), mode='drop') for name in ROW_FIELDS}
   rollout = dataclasses.replace(drawn.rollout, reward=jnp.asarray(reward), **changed)
   return api.Drawn(rollout, drawn.groups, drawn.group_size, tuple(texts), tuple(answers), reward)
 

@@ -35,6 +35,8 @@ def build(c: Config) -> api.Method:
                             ('lam', 0 <= c.lam <= 1, 'in [0, 1]'),
                             ('value_clip', c.value_clip > 0, 'above 0'),
                             ('kl_beta', c.kl_beta >= 0, 'at least 0'),
+                            ('num_new', c.num_new >= 1, 'at least 1'),
+                            ('iterations', c.iterations >= 1, 'at least 1'),
                             ('group_size', c.group_size >= 1, 'at least 1')):
     if not fine:
       raise ValueError(f'{name} must be {bound}, got {getattr(c, name)}')

@@ -47,19 +47,22 @@ def hard_slots(drawn: api.Drawn, tau: float) -> list[int]:
 
 
 def right_traces(drawn: api.Drawn, slots: Sequence[int], ctx: api.Context, *, group_size: int,
-                 chunk: int) -> dict[int, list[str]]:
+                 chunk: int, finished: bool = False) -> dict[int, list[str]]:
   """Right teacher answers to the plain questions of `slots`, drawn anew: {slot: [text, ...]}.
 
   The teacher is sampled in equal chunks of `chunk` groups, so that only hard questions cost
-  anything and one shape is compiled.
+  anything and one shape is compiled. `finished` leaves out answers that were cut by length.
   """
   found: dict[int, list[str]] = {}
   for begin in range(0, len(slots), chunk):
     part = slots[begin:begin + chunk]
     groups = [api.Group(drawn.groups[s].question) for s in part]
     sampled = ctx.draw(groups, capacity=chunk, group_size=group_size, role=types.TEACHER)
+    keep = sampled.reward > 0
+    if finished:
+      keep &= np.asarray(sampled.rollout.status) == types.FINISHED
     for i, slot in enumerate(part):
-      found[slot] = [sampled.texts[r] for r in sampled.rows(i) if sampled.reward[r] > 0]
+      found[slot] = [sampled.texts[r] for r in sampled.rows(i) if keep[r]]
   return found
 
 
@@ -79,10 +82,14 @@ def replay_plan(num_replay: int) -> Callable:
 
 
 def plain_accuracy(rollout: types.Rollout, *, capacity: int, group_size: int):
-  """Question id i32[P], accuracy f32[P] and ok bool[P] of the first-phase slots."""
+  """Question id i32[P], accuracy f32[P] and ok bool[P] of the first-phase slots.
+
+  A teacher's row stands where a wrong row of the student stood, and counts as that.
+  """
   rows = capacity * group_size
   ids = rollout.question_id[:rows].reshape(capacity, group_size)[:, 0]
-  accuracy = rollout.reward[:rows].reshape(capacity, group_size).mean(axis=1)
+  reward = jnp.where(rollout.role_id == types.POLICY, rollout.reward, 0.0)
+  accuracy = reward[:rows].reshape(capacity, group_size).mean(axis=1)
   ok = rollout.valid[:rows].reshape(capacity, group_size).all(axis=1)
   return ids, accuracy, ok
 

@@ -111,11 +111,14 @@ def build(c: Config) -> api.Method:
             for n in ('num_new', 'max_wrong', 'compress_tokens') if getattr(c, n) < 1]
   if found:
     raise UserError('; '.join(found))
+  common.check_choices(c)
 
   def credit(state, rollout, scores):
     return state, common.signal(rollout, scores, jnp.ones_like(rollout.reward),
                                 active=rollout.valid)
 
+  kinds = c.num_bcq + c.num_ncq
   return api.Method(
     plan=_plan(c), credit=credit, terms=(common.cross_entropy(c.aggregation),), group_size=1,
-    capacity=c.num_new, explore=_reformulated(c) if c.num_bcq + c.num_ncq else api.keep_drawn)
+    capacity=c.num_new, explore=_reformulated(c) if kinds else api.keep_drawn,
+    extra=(api.Slots(kinds, 1, True),) if kinds else ())

@@ -78,14 +78,13 @@ def check(c: Config) -> None:
     ('compress_tokens', c.compress_tokens >= 1, 'at least 1'),
     ('teacher_chunk', c.teacher_chunk >= 1, 'at least 1'),
     ('prefix_fraction', 0 < c.prefix_fraction < 1, 'in (0, 1)'),
-    ('wording', c.wording in text.WORDINGS, f'one of {sorted(text.WORDINGS)}'),
-    ('norm_scope', c.norm_scope in ('rollout_batch', 'minibatch'), 'rollout_batch or minibatch'),
     ('guide', c.guide == 'none' or not c.reformulates, 'none while use_bcq or use_ncq is on'))
   found = [f'{n} must be {bound}, got {getattr(c, n)!r}' for n, fine, bound in rules if not fine]
   if (c.reformulates or c.guide in ('hint', 'prefix')) and c.num_aug < 1:
     found.append(f'rho_aug must give floor(rho_aug * num_new) >= 1, got {c.rho_aug} * {c.num_new}')
   if found:
     raise ValueError('; '.join(found))
+  common.check_choices(c)
   surrogates.check_clip(c.eps_low, c.eps_high, c.dual_clip)
 
 
@@ -110,7 +109,7 @@ def choose_instances(c: Config, drawn: api.Drawn, right: dict[int, list[str]],
   if not c.use_ncq:
     hard = [s for s in hard if right.get(s)]
   slots = hard[:c.num_aug]
-  has = np.zeros((max(len(slots), 1), 2), bool)
+  has = np.zeros((c.num_aug, 2), bool)
   for i, slot in enumerate(slots):
     wrong = bool(wrong_rows(drawn, slot))
     has[i] = (c.use_bcq and bool(right.get(slot)) and wrong, c.use_ncq and wrong)
@@ -199,8 +198,10 @@ def build(c: Config) -> api.Method:
   if c.use_bcq or c.guide != 'none' or (c.reformulates and c.compress == 'teacher'):
     needs.add('teacher')
   fields = {}
+  if c.reformulates or c.guide in ('hint', 'prefix'):
+    fields['extra'] = (api.Slots(c.num_aug, c.group_size, c.guide != 'prefix'),)
   if c.use_buffer:
-    fields = dict(
+    fields |= dict(
       init=lambda key: prompt_buffer.init(c.buffer_capacity, c.group_size),
       absorb=second_phase.refresh(capacity=capacity, group_size=c.group_size, tau=c.tau),
       summary=second_phase.buffer_summary)

@@ -28,6 +28,7 @@ class ModelConfig:
   dtype: str = 'float32'  # activations
   param_dtype: str = 'float32'
   remat: bool = False  # recompute each block in the backward pass
+  unroll: int = 1  # repeated blocks per loop iteration; a small model on a CPU wants all
   query_chunk: int = 1024  # attention over longer queries goes block by block
   context: int = 32768  # largest number of tokens in a row
 

@@ -87,7 +87,8 @@ def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, 
   if config.remat:
     body = jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
   held = cache.layers if cache is not None else (None,) * len(config.mixers)
-  return jax.lax.scan(body, (x, held), (params.blocks, jnp.arange(config.repeats)))
+  return jax.lax.scan(body, (x, held), (params.blocks, jnp.arange(config.repeats)),
+                      unroll=config.unroll)
 
 
 def forward(config: ModelConfig, params: Params, tokens: Array, *, positions: Array | None = None,

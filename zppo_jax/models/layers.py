@@ -32,10 +32,11 @@ def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
 
 
 def _attend_block(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  scores = jnp.einsum('btghk,bsgk->bghts', query, key, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores / math.sqrt(query.shape[-1]), -1e30)
+  # 'bgths' is the order in which the product comes out: any other costs a copy of all scores.
+  scores = jnp.einsum('btghk,bsgk->bgths', query, key, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, :, None], scores / math.sqrt(query.shape[-1]), -1e30)
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum('bghts,bsgk->btghk', weights, value)
+  return jnp.einsum('bgths,bsgk->btghk', weights, value)
 
 
 def attend(query: Array, key: Array, value: Array, mask_of, *, query_chunk: int) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zppo_jax.core import rng, types
+from zppo_jax.core import rng, trees, types
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import templates
 from zppo_jax.mesh import place
@@ -77,6 +77,7 @@ class Setup:
   teacher: tuple[ModelConfig, Any] | None = None  # (config, params), frozen
   write_prompt_tokens: int = 0  # bucket of instructions to the teacher
   write_chunk: int = 64  # instructions per teacher call
+  chunk_groups: int = 0  # groups per call of the sampler, bounding its cache; 0 = all
   allow_fractional: bool = False
   mesh: Any = None
 
@@ -207,9 +208,13 @@ class StepContext:
     name = 'teacher' if role == types.TEACHER else 'policy'
     if setup.mesh is not None:
       prompts = jax.device_put(prompts, place.replicated(setup.mesh))
+    slots = prompts.valid.shape[0]
+    chunk = min(setup.chunk_groups or slots, slots)
     with self._timer(f'rollout_{name}'):
-      rollout = decode.generate(config, params, prompts, key=self.key('rollout', name),
-                                settings=settings, version=self._version)
+      parts = [decode.generate(config, params, jax.tree.map(lambda x: x[i:i + chunk], prompts),
+                               key=self.key('rollout', name), settings=settings,
+                               version=self._version) for i in range(0, slots, chunk)]
+      rollout = parts[0] if len(parts) == 1 else trees.concat(parts)
       rollout = jax.block_until_ready(dataclasses.replace(
         rollout, role_id=jnp.full_like(rollout.role_id, role)))
     return rollout

@@ -25,6 +25,10 @@ def _kind_metrics(part: api.Drawn) -> dict[int, list[tuple[float, bool]]]:
 def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
   """Rewards, groups, lengths and cost of a step. Plain statistics are over kind-0 policy groups."""
   first = parts[0]
+  cost = {'rollouts': float(sum(np.asarray(p.rollout.valid).sum() for p in parts)),
+          'sampled_tokens': float(sum(np.asarray(p.rollout.loss_mask).sum() for p in parts))}
+  if any(g is not None and g.response is not None for g in first.groups):
+    return cost  # given rows: nobody sampled or graded them
   rows = np.asarray(first.rollout.valid)
   reward = first.reward[rows]
   length = np.asarray(first.rollout.traj_tokens)[rows]
@@ -50,9 +54,7 @@ def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
           'one': lambda a: a >= 1}
   for name, inside in bins.items():
     found[f'group/pass_rate_{name}'] = float(np.mean([inside(a) for a in plain])) if plain else 0.0
-  found['rollouts'] = float(sum(np.asarray(p.rollout.valid).sum() for p in parts))
-  found['sampled_tokens'] = float(sum(np.asarray(p.rollout.loss_mask).sum() for p in parts))
-  return found
+  return found | cost
 
 
 def version_lag(rollouts: Sequence[types.Rollout], version: int) -> dict[str, float]:

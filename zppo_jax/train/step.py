@@ -46,6 +46,11 @@ class StepSettings:
   taps: tuple[str, ...] = ()
 
 
+def _vocabulary(config: ModelConfig, params) -> Array:
+  """Unembedding of the ids that can be sampled: padding rows would take mass in a divergence."""
+  return decoder.unembedding(params)[:, :config.num_valid]
+
+
 def model_outputs(config: ModelConfig, params: dict[str, Any], rollout: types.Rollout,
                   frozen: dict[str, tuple[ModelConfig, Any]], s: StepSettings) -> api.Outputs:
   """Everything that terms may read, for one micro-batch."""
@@ -59,9 +64,9 @@ def model_outputs(config: ModelConfig, params: dict[str, Any], rollout: types.Ro
   for name, (role_config, role_params) in frozen.items():
     hidden = score_lib.states(role_config, role_params, rollout, window=s.window)[0]
     roles[name] = jax.lax.stop_gradient(
-      api.RoleOutputs(hidden, decoder.unembedding(role_params)))
+      api.RoleOutputs(hidden, _vocabulary(role_config, role_params)))
   return api.Outputs(scored.logp, scored.entropy, scored.hidden,
-                     decoder.unembedding(params['policy']), scored.start, scored.taps, value, roles)
+                     _vocabulary(config, params['policy']), scored.start, scored.taps, value, roles)
 
 
 def merge_metrics(a: api.Metrics, b: api.Metrics) -> api.Metrics:

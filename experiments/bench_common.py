@@ -1,0 +1,298 @@
+"""What both speed benches share: sizes, the peer process, checks, paired timing and the report.
+
+The peer is the same model in Tunix 0.1.7, in a virtualenv of its own and a process of its own:
+  python3.11 -m venv /work/venv-tunix
+  /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
+A ratio is taken pair by pair in one run (ours, peer, ours, peer, ...) and is only printed when every
+check of the run has passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from zppo_jax.core.errors import UserError
+from zppo_jax.models import ModelConfig
+from zppo_jax.models.params import Params
+from zppo_jax.sampling import decode
+
+WORKER = pathlib.Path(__file__).with_name('bench_tunix.py')
+PARTS = ('call', 'compiled')  # what a user waits for, and the compiled programs alone
+UNREACHABLE = -1  # an end-of-sequence id that no sampler draws: all samples are equally long
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """The model and the batch; both sides are built from these numbers and the same weights."""
+
+  hidden: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  inter: int
+  vocab: int
+  prompts: int
+  group: int
+  prompt_tokens: int  # bucket; true lengths lie in half of it .. all of it
+  new_tokens: int
+  rope_theta: float = 1e6  # Tunix hard-codes this value
+  norm_eps: float = 1e-6
+  learning_rate: float = 1e-4
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  epsilon: float = 0.2  # ratio clip
+  seed: int = 0
+
+
+PRESETS = {
+  'tiny': Spec(hidden=96, layers=3, heads=4, kv_heads=2, head_dim=24, inter=256, vocab=128,
+               prompts=40, group=8, prompt_tokens=96, new_tokens=48),
+  'small': Spec(hidden=256, layers=6, heads=8, kv_heads=4, head_dim=32, inter=768, vocab=4096,
+                prompts=8, group=8, prompt_tokens=128, new_tokens=128),
+}
+
+
+class Refused(UserError):
+  """A check failed, so that no ratio may be printed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A number that must not exceed its bound."""
+
+  name: str
+  value: float
+  bound: float
+
+  @property
+  def fine(self) -> bool:
+    return bool(self.value <= self.bound)  # NaN is not fine
+
+
+def require(checks: Sequence[Check]) -> None:
+  """Raises Refused naming every failed check."""
+  failed = [f'{c.name}: {c.value:.3g} exceeds {c.bound:.3g}' for c in checks if not c.fine]
+  if failed:
+    raise Refused('no figures, the two sides do not compute the same: ' + '; '.join(failed))
+
+
+def model_config(spec: Spec) -> ModelConfig:
+  return ModelConfig(
+    vocab=spec.vocab, hidden=spec.hidden, layers=spec.layers, heads=spec.heads,
+    kv_heads=spec.kv_heads, head_dim=spec.head_dim, inter=spec.inter, rope_theta=spec.rope_theta,
+    norm_eps=spec.norm_eps)
+
+
+def make_prompts(spec: Spec) -> decode.Prompts:
+  """Random prompts; one of them fills the bucket."""
+  draw = np.random.default_rng(spec.seed)
+  length = draw.integers(-(-spec.prompt_tokens // 2), spec.prompt_tokens + 1, spec.prompts)
+  length[0] = spec.prompt_tokens
+  tokens = draw.integers(0, spec.vocab, (spec.prompts, spec.prompt_tokens))
+  tokens = np.where(np.arange(spec.prompt_tokens)[None] < length[:, None], tokens, 0)
+  count = np.arange(spec.prompts, dtype=np.int32)
+  return decode.Prompts(
+    tokens=tokens.astype(np.int32), length=length.astype(np.int32),
+    forced=np.zeros((spec.prompts, 0), np.int32), forced_length=np.zeros_like(count),
+    request=count.astype(np.uint32), group_id=count, kind=np.zeros_like(count), question_id=count,
+    valid=np.ones(spec.prompts, bool))
+
+
+def prompt_ids(prompts: decode.Prompts) -> list[list[int]]:
+  """The true ids of each prompt."""
+  return [row[:n].tolist() for row, n in zip(prompts.tokens, prompts.length)]
+
+
+def named_weights(params: Params) -> dict[str, np.ndarray]:
+  """Flat arrays, stacked over layers, in the layouts that both sides use."""
+  block = params.blocks[0]
+  return jax.tree.map(np.asarray, {
+    'embed': params.embed, 'final_norm': params.final_norm, 'mixer_norm': block.mixer_norm,
+    'mlp_norm': block.mlp_norm, **{k: v for k, v in vars(block.mixer).items()},
+    **vars(block.mlp)})
+
+
+class Peer:
+  """The worker process: one JSON line in, one JSON line out; arrays travel as npz files."""
+
+  def __init__(self, python: str, kind: str, spec: Spec, arrays: dict[str, Any]):
+    self._folder = tempfile.TemporaryDirectory(prefix='zppo_bench_')
+    self._log = open(os.path.join(self._folder.name, 'stderr'), 'w+')
+    path = os.path.join(self._folder.name, 'inputs.npz')
+    np.savez(path, **arrays)
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    self._process = subprocess.Popen([python, str(WORKER)], stdin=subprocess.PIPE, text=True,
+                                     stdout=subprocess.PIPE, stderr=self._log, env=env)
+    self.facts = self.ask(kind=kind, spec=dataclasses.asdict(spec), arrays=path,
+                          folder=self._folder.name)
+
+  def ask(self, **request) -> dict[str, Any]:
+    """Raises UserError with the end of the worker's log if it has died."""
+    try:
+      self._process.stdin.write(json.dumps(request) + '\n')
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      pass
+    for line in self._process.stdout:
+      if line.startswith('{'):
+        return json.loads(line)
+    self._log.seek(0)
+    raise UserError(f'peer_python: the Tunix worker has died:\n{self._log.read()[-2000:]}')
+
+  def close(self) -> None:
+    """Ends the worker and removes its files."""
+    self._process.stdin.close()
+    self._process.wait(timeout=30)
+    self._process.stdout.close()
+    self._log.close()
+    self._folder.cleanup()
+
+
+def seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
+  """Wall-clock time of a call whose result is waited for, and the result."""
+  start = time.perf_counter()
+  out = jax.block_until_ready(fn())
+  return time.perf_counter() - start, out
+
+
+@dataclasses.dataclass
+class Timings:
+  """Seconds per run: {part: [seconds]} on each side; peer lists are empty without a peer."""
+
+  ours: dict[str, list[float]]
+  peer: dict[str, list[float]]
+
+
+def interleave(pairs: int, ours: Callable[[], dict[str, float]],
+               peer: Callable[[], dict[str, float]] | None) -> Timings:
+  """Runs ours and the peer in turn; who goes first alternates, too."""
+  found = Timings({p: [] for p in PARTS}, {p: [] for p in PARTS})
+  for i in range(pairs):
+    sides = [(found.ours, ours)] + ([(found.peer, peer)] if peer else [])
+    for into, run in sides if i % 2 == 0 else sides[::-1]:
+      result = run()
+      for part in PARTS:
+        into[part].append(result[part])
+  return found
+
+
+def summary(timings: Timings, tokens: int) -> dict[str, dict[str, float]]:
+  """Per part: tokens/s of both sides at the median, and the paired ratio with its spread."""
+  out = {}
+  for part in PARTS:
+    ours, peer = np.asarray(timings.ours[part]), np.asarray(timings.peer[part])
+    row = {'ours_seconds': np.median(ours), 'ours_tokens_per_s': tokens / np.median(ours)}
+    if len(peer):
+      ratio = peer / ours
+      row |= {'tunix_seconds': np.median(peer), 'tunix_tokens_per_s': tokens / np.median(peer),
+              'ratio': np.median(ratio), 'ratio_q1': np.quantile(ratio, 0.25),
+              'ratio_q3': np.quantile(ratio, 0.75), 'ratio_min': ratio.min(),
+              'ratio_max': ratio.max()}
+    out[part] = {k: float(v) for k, v in row.items()}
+  return out
+
+
+def report(name: str, what: str, spec: Spec, timings: Timings, tokens: int,
+           checks: Sequence[Check], facts: dict[str, Any], out: str | None) -> dict[str, Any]:
+  """Refuses on a failed check; otherwise prints the table and writes NAME.json and NAME.png."""
+  require(checks)
+  rows = summary(timings, tokens)
+  ours = {'jax': jax.__version__, 'platform': jax.default_backend(), 'cpus': os.cpu_count()}
+  print(f'{name}: {what}')
+  print(f'ours {ours}; ' + (f'tunix {facts}' if facts else
+                            'no --peer_python: only our own figures, no ratio'))
+  for check in checks:
+    print(f'  check {check.name}: {check.value:.3g} <= {check.bound:.3g}')
+  for part, row in rows.items():
+    line = f'  {part:9s} ours {row["ours_tokens_per_s"]:10.0f} tokens/s'
+    if 'ratio' in row:
+      line += (f', tunix {row["tunix_tokens_per_s"]:10.0f}, ratio {row["ratio"]:.2f} '
+               f'(quartiles {row["ratio_q1"]:.2f}-{row["ratio_q3"]:.2f}, '
+               f'range {row["ratio_min"]:.2f}-{row["ratio_max"]:.2f}, '
+               f'{len(timings.peer[part])} pairs)')
+    print(line)
+  result = dict(name=name, what=what, spec=dataclasses.asdict(spec), tokens=tokens, versions=ours,
+                peer=facts, checks=[dataclasses.asdict(c) for c in checks], results=rows,
+                seconds=dataclasses.asdict(timings))
+  if out:
+    _write(out, name, result)
+  return result
+
+
+def _write(folder: str, name: str, result: dict[str, Any]) -> None:
+  from matplotlib.figure import Figure  # without pyplot: no global state
+
+  place = pathlib.Path(folder)
+  place.mkdir(parents=True, exist_ok=True)
+  (place / f'{name}.json').write_text(json.dumps(result, indent=1))
+  figure = Figure(figsize=(4, 2.6), layout='constrained')
+  axes = figure.subplots()
+  for side, shift in (('ours', -0.2), ('tunix', 0.2)):
+    height = [row.get(f'{side}_tokens_per_s', 0) for row in result['results'].values()]
+    if any(height):
+      bars = axes.bar(np.arange(len(height)) + shift, height, 0.38, label=side)
+      axes.bar_label(bars, fmt='%.3g', fontsize=8)
+  axes.set_xticks(range(len(PARTS)), ('whole call', 'compiled part'))
+  axes.set_ylabel('tokens/s')
+  axes.set_title(name)
+  axes.legend(frameon=False, loc='lower right')
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(place / f'{name}.png', dpi=110)
+
+
+def bench(name: str, make_ours: Callable, make_theirs: Callable, spec: Spec, *, warmups: int,
+          pairs: int, peer_python: str = '', out: str | None = None) -> dict[str, Any]:
+  """Warm-up and checks on each side, then the timed pairs, the checks again, and the report."""
+  ours = make_ours(spec)
+  for _ in range(warmups):
+    ours.run()
+  require(ours.checks())
+  theirs = make_theirs(ours, peer_python) if peer_python else None
+  try:
+    if theirs:
+      for _ in range(warmups):
+        theirs.run()
+      require(theirs.checks())
+    timings = interleave(pairs, ours.run, theirs.run if theirs else None)
+    checks = ours.checks() + (theirs.checks() if theirs else [])  # of the timed runs themselves
+  finally:
+    if theirs:
+      theirs.peer.close()
+  return report(name, ours.describe(), spec, timings, ours.tokens(), checks,
+                theirs.peer.facts if theirs else {}, out)
+
+
+def main(run: Callable) -> None:
+  """Parses the flags and calls run(spec, pairs=, peer_python=, out=); status 2 on a user error."""
+  flags.DEFINE_enum('preset', 'tiny', sorted(PRESETS), 'size of model and batch')
+  flags.DEFINE_integer('pairs', 7, 'timed pairs after the warm-up', lower_bound=1)
+  flags.DEFINE_string('peer_python', '', 'python of the Tunix virtualenv; empty: no ratio')
+  flags.DEFINE_string('out', '', 'folder for the JSON result and the plot; empty: none')
+
+  def call(argv: list[str]) -> int:
+    values = flags.FLAGS
+    try:
+      if len(argv) > 1:
+        raise UserError(f'unexpected argument {argv[1]!r}: flags start with --')
+      run(PRESETS[values.preset], pairs=values.pairs, peer_python=values.peer_python,
+          out=values.out)
+    except UserError as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 2
+    return 0
+
+  app.run(call)

@@ -1,0 +1,129 @@
+"""Tokens/s of sampling, beside the vanilla sampler of Tunix 0.1.7 on the same model, as a ratio.
+
+  python -m experiments.bench_rollout --preset=tiny --peer_python=/work/venv-tunix/bin/python
+The peer's virtualenv:
+  python3.11 -m venv /work/venv-tunix
+  /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
+Timed as 'call', ours: `decode.generate` on padded prompt ids, until tokens and log-probs are on the
+host. Tunix: `Sampler.__call__` on the prompts as strings of ids, `group` times each, until token
+lists and log-probs are back, with its tokenising, state set-up and unpadding. As 'compiled': the
+jitted programs alone (ours: generate; Tunix: prefill and decode). Both record log-probs, temperature
+1, no filters, float32, and draw exactly prompts * group * new_tokens tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from experiments import bench_common as common
+from zppo_jax.core import types
+from zppo_jax.models import params as params_lib
+from zppo_jax.sampling import decode
+from zppo_jax.sampling import score as score_lib
+
+GAP = 1e-4  # nats between a sampler's log-prob and our scorer's
+
+_score = jax.jit(score_lib.score, static_argnames=('config', 'window', 'chunk'))
+
+
+def gap(config, params, rollout: types.Rollout, logp: np.ndarray, window: int) -> float:
+  """Largest |log-prob of a sampler - ours by the scorer| over the sampled tokens; NaN shows."""
+  scored = _score(config, params, rollout, window=window)
+  mask = np.asarray(rollout.loss_mask)
+  return float(np.max(np.abs(np.asarray(scored.logp) - logp)[mask]))
+
+
+def rows_of(spec: common.Spec, prompts: decode.Prompts, responses: np.ndarray) -> types.Rollout:
+  """Rollout of given responses [N, R], for the scorer."""
+  rows, size = responses.shape[0], spec.prompt_tokens + spec.new_tokens
+  start = np.repeat(prompts.length, spec.group)[:, None]
+  column = np.arange(size)[None]
+  tokens = np.pad(np.repeat(prompts.tokens, spec.group, axis=0), ((0, 0), (0, spec.new_tokens)))
+  mask = (column >= start) & (column < start + spec.new_tokens)
+  tokens[mask] = responses.reshape(-1)
+  used = (column < start + spec.new_tokens).astype(np.int32)
+  zeros = np.zeros(rows, np.int32)
+  return types.Rollout(
+    tokens=tokens, segment_ids=used, positions=used * column, loss_mask=mask,
+    behavior_logp=np.zeros((rows, size), np.float32), version=0 * used, turn_id=0 * used,
+    group_id=np.repeat(prompts.group_id, spec.group), traj_id=np.arange(rows, dtype=np.int32),
+    traj_tokens=mask.sum(1).astype(np.float32), role_id=zeros, kind=zeros, question_id=zeros,
+    reward=zeros.astype(np.float32), status=zeros, valid=np.ones(rows, bool))
+
+
+class Ours:
+  """Our sampler on the spec's prompts."""
+
+  def __init__(self, spec: common.Spec):
+    self.spec, self.config = spec, common.model_config(spec)
+    self.params = params_lib.init(self.config, jax.random.key(spec.seed))
+    self.prompts = common.make_prompts(spec)
+    self._settings = decode.Settings(spec.new_tokens, (common.UNREACHABLE,), spec.group)
+    self._seed = 0
+
+  def run(self) -> dict[str, float]:
+    """One timed call; the rollout stays in `self.rollout`."""
+    self._seed += 1
+    key = jax.random.key(self._seed)
+    compiled, self.rollout = common.seconds(lambda: decode.generate(
+      self.config, self.params, self.prompts, key=key, settings=self._settings))
+    fetch, _ = common.seconds(lambda: jax.device_get(
+      (self.rollout.tokens, self.rollout.loss_mask, self.rollout.behavior_logp)))
+    return {'call': compiled + fetch, 'compiled': compiled}
+
+  def tokens(self) -> int:
+    return self.spec.prompts * self.spec.group * self.spec.new_tokens
+
+  def describe(self) -> str:
+    s = self.spec
+    return (f'{s.prompts} prompts x {s.group} samples x {s.new_tokens} new tokens, prompt bucket '
+            f'{s.prompt_tokens}, {params_lib.count(self.config):,} parameters, float32')
+
+  def checks(self) -> list[common.Check]:
+    """Of the last rollout: our log-probs, and how many tokens there are."""
+    rollout, spec = self.rollout, self.spec
+    return [
+      common.Check('our sampler against our scorer, max |gap| in nats', gap(
+        self.config, self.params, rollout, np.asarray(rollout.behavior_logp), spec.new_tokens), GAP),
+      common.Check('our tokens, missing', self.tokens() - int(np.sum(rollout.loss_mask)), 0)]
+
+
+class Theirs:
+  """The peer's sampler on the same weights and prompts."""
+
+  def __init__(self, ours: Ours, python: str):
+    prompts = ours.prompts
+    self.peer = common.Peer(python, 'rollout', ours.spec, common.named_weights(ours.params) | {
+      'prompts': prompts.tokens, 'prompt_length': prompts.length})
+    self._ours, self._seed = ours, 0
+
+  def run(self) -> dict[str, float]:
+    self._seed += 1
+    found = self.peer.ask(seed=self._seed)
+    self._samples = found.pop('samples')
+    return found
+
+  def checks(self) -> list[common.Check]:
+    """Of the last call: same model (our scorer finds its log-probs), same size, same token count."""
+    ours, spec = self._ours, self._ours.spec
+    with np.load(self._samples) as arrays:
+      tokens, logp = arrays['tokens'], arrays['logp']
+    rollout = rows_of(spec, ours.prompts, tokens)
+    placed = np.zeros(rollout.tokens.shape)
+    placed[rollout.loss_mask] = logp.reshape(-1)
+    size = abs(self.peer.facts['num_params'] - params_lib.count(ours.config))
+    return [
+      common.Check('tunix sampler against our scorer, max |gap| in nats', gap(
+        ours.config, ours.params, rollout, placed, spec.new_tokens), GAP),
+      common.Check('parameters, difference', size, 0),
+      common.Check('tunix tokens, missing', ours.tokens() - tokens.size, 0)]
+
+
+def bench(spec: common.Spec, **options) -> dict:
+  """Runs the bench; see common.bench for the options. Raises common.Refused on a failed check."""
+  return common.bench('rollout', Ours, Theirs, spec, warmups=1, **options)
+
+
+if __name__ == '__main__':
+  common.main(bench)

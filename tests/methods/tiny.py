@@ -1,0 +1,140 @@
+"""A run small enough for every property: two layers, one-digit sums, a grader that tosses coins.
+
+Everything is the library's own (sources, tokenizer, sampler, scorer, step) but the verdicts: a random
+model is never right, so `CoinGrader` draws them from a hash of the answer.
+"""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zppo_jax.data import batches
+from zppo_jax.data import tokenizer as tokenizer_lib
+from zppo_jax.data.tasks import sources
+from zppo_jax.mesh import place
+from zppo_jax.methods import table
+from zppo_jax.models import params as params_lib
+from zppo_jax.models.config import ModelConfig
+from zppo_jax.rewards.verifiers import VerifyResult
+from zppo_jax.sampling import decode
+from zppo_jax.train import context, loop, state, step
+
+PROMPT, REFORMULATED, RESPONSE, INSTRUCTION = 8, 112, 16, 640  # token buckets
+SETTINGS = step.StepSettings(window=RESPONSE, chunk=8)
+OPTIM = state.Optim(learning_rate=1e-2, critic_learning_rate=1e-2, eps=1e-2, weight_decay=0.1)
+# Values of a field that every row shares, where the row has the field at all.
+SIZES = dict(num_new=4, group_size=4, teacher_group_size=2, teacher_chunk=4, buffer_capacity=8,
+             rho_aug=0.5, rho_replay=0.25, compress_tokens=8, wording='short', prefix_tokens=6,
+             chunk=8, bcq_fraction=0.5, ncq_fraction=0.5, label_noise=0.5, max_wrong=3)
+
+
+class CoinGrader:
+  """Right or wrong by a hash of question and answer; every third answer does not parse."""
+
+  def __init__(self, share: float = 0.38):
+    self.share = share
+
+  def grade(self, texts, examples):
+    results = []
+    for text, example in zip(texts, examples, strict=True):
+      coin = zlib.crc32(f'{example.uid}/{text}'.encode())
+      parsed = str(coin // 1000 % 7) if coin % 3 else None
+      results.append(VerifyResult(float(coin % 1000 < 1000 * self.share), parsed, ''))
+    return np.asarray([r.score for r in results], np.float32), results
+
+
+@functools.cache
+def source():
+  return sources.build_source(dict(name='arithmetic', digits=1, terms=2, size=64))
+
+
+@functools.cache
+def tokenizer():
+  return tokenizer_lib.build_tokenizer(dict(kind='char', pieces=('\\boxed{',)))
+
+
+@functools.cache
+def questions():
+  return context.Questions(source(), tokenizer(), 'plain')
+
+
+def model(**changes) -> ModelConfig:
+  size = tokenizer().vocab_size
+  fields = dict(vocab=-(-size // 8) * 8, num_valid=size, hidden=32, layers=2, heads=2, kv_heads=2,
+                head_dim=16, inter=32, rope_theta=1e4, context=1024)
+  return ModelConfig(**fields | changes)
+
+
+@functools.cache
+def _draw_weights():
+  def draw(key):
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params_lib.init(model(), key))
+
+  return jax.jit(draw)
+
+
+@functools.cache
+def weights(seed: int):
+  """Random parameters, four times the usual size so that distributions are far from flat."""
+  return _draw_weights()(jax.random.key(seed))
+
+
+def mesh(shape=None):
+  """One device, or as many as the shape wants."""
+  count = int(np.prod(list(shape.values()))) if shape else 1
+  return place.make_mesh(shape or {}, jax.devices()[:count])
+
+
+def overrides(name: str, **changes) -> dict:
+  """Tiny sizes for the fields that the row has; published switches stay."""
+  defaults = table.METHODS[name].defaults
+  own = vars(defaults)
+  found = {k: v for k, v in SIZES.items() if k in own}
+  if own.get('iterations', 1) > 1:
+    found['iterations'] = 2
+  if own.get('max_tokens'):
+    found['max_tokens'] = RESPONSE
+  if own.get('overlong_buffer'):
+    found['overlong_buffer'] = 4
+  return found | changes
+
+
+def setup(method, on, *, grader=None, seed=0, **changes) -> context.Setup:
+  specials = tuple(sorted(tokenizer().special.values()))  # a random model should stop now and then
+  return context.Setup(
+    model=model(), questions=questions(), grader=grader or CoinGrader(),
+    sampling=decode.Settings(max_new_tokens=RESPONSE, eos_ids=specials),
+    group_size=method.group_size, prompt_tokens=PROMPT, reformulated_tokens=REFORMULATED,
+    seed=seed, teacher=(model(), weights(7)), write_prompt_tokens=INSTRUCTION, write_chunk=4,
+    mesh=on, **changes)
+
+
+def make_run(name: str, *, shape=None, grader=None, optim=OPTIM, settings=SETTINGS, method=None,
+             **changes) -> loop.Run:
+  """The run of a row at tiny size; `changes` are method fields."""
+  if method is None:
+    method = table.build(name, overrides(name, **changes))
+  return loop.Run(
+    setup=setup(method, mesh(shape), grader=grader), method=method,
+    optimizer=state.make_optimizer(optim), step_settings=settings,
+    settings=loop.LoopSettings(num_steps=3, dump_every=0),
+    stream=batches.prompt_stream(source(), batch_size=SIZES['num_new'], seed=0), workdir='',
+    reference=weights(5), warm_start=weights(1), progress=False)
+
+
+def copy(tree):
+  return jax.tree.map(jnp.copy, tree)
+
+
+def one_step(run: loop.Run, programs: loop.Programs, train_state, at: int):
+  """One real step with everything it made: (state before the update, item, state, metrics)."""
+  method_state, item = loop.sample(run, train_state.params['policy'], train_state.method, at,
+                                   train_state.version, context.no_timer)
+  before = dataclasses.replace(train_state, method=method_state)
+  after, metrics = loop._update(run, programs, copy(before), item, at, context.no_timer)
+  after = dataclasses.replace(after, method=programs.absorb(after.method, item.rollouts))
+  return before, item, after, metrics | programs.summary(after.method)
