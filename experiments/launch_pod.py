@@ -3,8 +3,8 @@
 python -m experiments.launch_pod --aot_only --topology=v5p:4x4x4 \
   --config=ml_collections_configs/zppo.py:pod --workdir=runs/aot
 
-Prints bytes per chip and flops of the train step and of sampling, and whether they fit; exit status 1
-if one does not. Starting a run on a pod is `experiments.train` on every host (README).
+Prints bytes per chip and flops of the train step and of sampling, and whether they fit; exit
+status 1 if one does not. Starting a run on a pod is `experiments.train` on every host (README).
 """
 
 from __future__ import annotations

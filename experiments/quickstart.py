@@ -1,7 +1,9 @@
-"""The main job: python -m experiments.quickstart --config=ml_collections_configs/quickstart.py --workdir=DIR
+"""The main job: warm starts, then ZPPO beside GRPO+buffer.
 
-Warm-starts a student and a better teacher, then trains the student by ZPPO and by GRPO with the same
-prompt buffer at equal student rollouts, and prints what came of it. Every stage resumes on its own.
+python -m experiments.quickstart --config=ml_collections_configs/quickstart.py --workdir=DIR
+
+Warm-starts a student and a better teacher, then trains the student by ZPPO and by GRPO with the
+same prompt buffer at equal student rollouts, and prints what came of it. Every stage resumes.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def summary(folders: dict[str, str], size: int) -> list[dict[str, Any]]:
       'method': label, 'held-out accuracy before': f'{held[0]:.3f}',
       'after': f'{held[-1]:.3f}', **graduation(rows[-1], size),
       'student rollouts': f'{total(rows, "rollouts"):.0f}',
-      'sampled tokens': f'{total(rows, "sampled_tokens"):.0f}', 'training seconds': f'{seconds:.0f}'})
+      'sampled tokens': f'{total(rows, "sampled_tokens"):.0f}',
+      'training seconds': f'{seconds:.0f}'})
   return table
 
 

@@ -1,6 +1,8 @@
-"""What every config shares. A preset is one of 'tiny' (2 CPU cores), 'local' (one accelerator), 'pod'.
+"""What every config shares. A preset is one of 'tiny' (2 CPU cores), 'local' (one accelerator),
+'pod'.
 
-Method fields are placeholders: None keeps the value of the method's own row (its published setting).
+Method fields are placeholders: None keeps the value of the method's own row, which is its
+published setting.
 """
 
 from ml_collections import config_dict

@@ -1,4 +1,6 @@
-"""Distillation: python -m experiments.train --config=ml_collections_configs/distill.py:tiny --workdir=DIR
+"""Distillation.
+
+python -m experiments.train --config=ml_collections_configs/distill.py:tiny --workdir=DIR
 
 --config.method.name picks distill_on (JSD on student tokens), distill_off (JSD on right teacher
 answers) or opd (sampled reverse KL as an advantage). All need --config.teacher.checkpoint.

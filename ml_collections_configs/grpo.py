@@ -1,4 +1,6 @@
-"""GRPO and family: python -m experiments.train --config=ml_collections_configs/grpo.py:tiny --workdir=DIR
+"""GRPO and family.
+
+python -m experiments.train --config=ml_collections_configs/grpo.py:tiny --workdir=DIR
 
 --config.method.name picks the member: grpo, rloo, dr_grpo, dapo, gspo, cispo, reinforce,
 reinforce_pp, reinforce_pp_baseline, remax.
@@ -17,4 +19,6 @@ def get_config(arg=None):
     entropy_weight=float, correction=str, correction_cap=float, dynamic_sampling=bool,
     max_draws=int, overlong_buffer=int, filter_overlong=bool)
   config.method.num_new = 32 if preset == 'tiny' else 128
+  if preset == 'pod':
+    config.train.micro_batches = 16
   return config

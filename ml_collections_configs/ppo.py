@@ -1,4 +1,7 @@
-"""PPO with a critic: python -m experiments.train --config=ml_collections_configs/ppo.py:tiny --workdir=DIR"""
+"""PPO with a critic.
+
+python -m experiments.train --config=ml_collections_configs/ppo.py:tiny --workdir=DIR
+"""
 
 from ml_collections_configs import common
 
@@ -11,4 +14,6 @@ def get_config(arg=None):
     eps_high=float, dual_clip=float, value_clip=float, value_weight=float, kl_beta=float,
     aggregation=str)
   config.method.num_new = 32 if preset == 'tiny' else 256
+  if preset == 'pod':
+    config.train.micro_batches = 16
   return config

@@ -1,6 +1,6 @@
 """The main job: warm starts, then ZPPO beside GRPO+buffer at equal rollouts, in minutes on 2 cores.
 
-python -m experiments.quickstart --config=ml_collections_configs/quickstart.py --workdir=runs/quickstart
+python -m experiments.quickstart --config=ml_collections_configs/quickstart.py --workdir=DIR
 python -m experiments.quickstart --config=... --workdir=DIR --config.data.path=FILE.jsonl
 
 `data`, `rollout`, `seed` and `log` hold for every stage; the stages change the rest.
@@ -20,10 +20,10 @@ def get_config(arg=None):
 
   config.student = sft.get_config(preset)
   config.student.num_steps = 250
-  config.student.method.update(bcq_fraction=0.25, ncq_fraction=0.25, label_noise=0.5)
+  config.student.method.update(bcq_fraction=0.125, ncq_fraction=0.125, label_noise=0.5)
   config.teacher = sft.get_config(preset)
-  config.teacher.num_steps = 900
-  config.teacher.optim.decay_steps = 900
+  config.teacher.num_steps = 600
+  config.teacher.optim.decay_steps = 600
 
   config.zppo = zppo.get_config(preset)
   config.zppo.num_steps = 60

@@ -9,9 +9,9 @@ import functools
 import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from zppo_jax.core import rng
 from zppo_jax.data import batches
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.data.tasks import sources
@@ -26,8 +26,9 @@ from zppo_jax.train import context, loop, state, step
 PROMPT, REFORMULATED, RESPONSE, INSTRUCTION = 8, 112, 16, 640  # token buckets
 SETTINGS = step.StepSettings(window=RESPONSE, chunk=8)
 OPTIM = state.Optim(learning_rate=1e-2, critic_learning_rate=1e-2, eps=1e-2, weight_decay=0.1)
+SLOTS = 5  # groups of a first phase, replays included: all rows share the shapes of a sampler call
 # Values of a field that every row shares, where the row has the field at all.
-SIZES = dict(num_new=4, group_size=4, teacher_group_size=2, teacher_chunk=4, buffer_capacity=8,
+SIZES = dict(group_size=4, teacher_group_size=2, teacher_chunk=4, buffer_capacity=8,
              rho_aug=0.5, rho_replay=0.25, compress_tokens=8, wording='short', prefix_tokens=6,
              chunk=8, bcq_fraction=0.5, ncq_fraction=0.5, label_noise=0.5, max_wrong=3)
 
@@ -93,7 +94,9 @@ def overrides(name: str, **changes) -> dict:
   """Tiny sizes for the fields that the row has; published switches stay."""
   defaults = table.METHODS[name].defaults
   own = vars(defaults)
-  found = {k: v for k, v in SIZES.items() if k in own}
+  found = {k: v for k, v in SIZES.items() if k in own} | dict(num_new=SLOTS)
+  if own.get('use_buffer'):
+    found['num_new'] = SLOTS - 1  # and one replay
   if own.get('iterations', 1) > 1:
     found['iterations'] = 2
   if own.get('max_tokens'):
@@ -116,25 +119,46 @@ def setup(method, on, *, grader=None, seed=0, **changes) -> context.Setup:
 def make_run(name: str, *, shape=None, grader=None, optim=OPTIM, settings=SETTINGS, method=None,
              **changes) -> loop.Run:
   """The run of a row at tiny size; `changes` are method fields."""
-  if method is None:
-    method = table.build(name, overrides(name, **changes))
+  fields = overrides(name, **changes)
+  method = method or table.build(name, fields)
   return loop.Run(
     setup=setup(method, mesh(shape), grader=grader), method=method,
     optimizer=state.make_optimizer(optim), step_settings=settings,
     settings=loop.LoopSettings(num_steps=3, dump_every=0),
-    stream=batches.prompt_stream(source(), batch_size=SIZES['num_new'], seed=0), workdir='',
+    stream=batches.prompt_stream(source(), batch_size=fields['num_new'], seed=0), workdir='',
     reference=weights(5), warm_start=weights(1), progress=False)
 
 
 def copy(tree):
-  return jax.tree.map(jnp.copy, tree)
+  """A tree that survives the donation of the original."""
+  return jax.tree.map(np.array, jax.device_get(tree))
 
 
-def one_step(run: loop.Run, programs: loop.Programs, train_state, at: int):
-  """One real step with everything it made: (state before the update, item, state, metrics)."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """One real step and everything it made, on the host."""
+
+  at: int
+  before: state.TrainState  # as the update found it
+  item: loop.Sampled
+  parts: tuple[step.Part, ...]
+  after: state.TrainState
+  metrics: dict
+
+
+def minibatch_key(run: loop.Run, at: int):
+  return rng.fold(jax.random.key(run.setup.seed), at, 'minibatches')
+
+
+def take_step(run: loop.Run, programs: loop.Programs, train_state, at: int) -> Step:
+  """Plan, draw, explore, score, credit, update, absorb: as `loop.train` does it."""
   method_state, item = loop.sample(run, train_state.params['policy'], train_state.method, at,
                                    train_state.version, context.no_timer)
-  before = dataclasses.replace(train_state, method=method_state)
-  after, metrics = loop._update(run, programs, copy(before), item, at, context.no_timer)
+  method_state, parts = programs.prepare(train_state.params, method_state, item.rollouts,
+                                         minibatch_key(run, at), programs.roles, item.group_sizes)
+  before = copy(dataclasses.replace(train_state, method=method_state))
+  after, metrics = programs.update(dataclasses.replace(train_state, method=method_state), parts,
+                                   programs.roles)
   after = dataclasses.replace(after, method=programs.absorb(after.method, item.rollouts))
-  return before, item, after, metrics | programs.summary(after.method)
+  metrics = metrics | programs.summary(after.method)
+  return Step(at, before, item, copy(parts), after, copy(metrics))

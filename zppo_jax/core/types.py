@@ -26,7 +26,8 @@ class Example:
   """One verifiable question, as the data layer yields it (host side, no arrays).
 
   `uid` is a content hash, never a row number; `verifier` names a row of
-  `zppo_jax.rewards.verifiers.VERIFIERS`; `solution` is a worked trace for SFT, without special tokens.
+  `zppo_jax.rewards.verifiers.VERIFIERS`; `solution` is a worked trace for SFT, without
+  special tokens.
   """
 
   uid: str

@@ -1,4 +1,5 @@
-"""Ahead-of-time compilation of a config for a TPU topology, on any host: does it fit, what does it cost.
+"""Ahead-of-time compilation of a config for a TPU topology, on any host: does it fit, what does it
+cost.
 
 Needs the `libtpu` wheel (extra `aot`); no TPU. Nothing is allocated.
 """
@@ -55,7 +56,8 @@ class Report:
 
 
 def topology_devices(name: str) -> tuple[Sequence[Any], int]:
-  """(devices, HBM bytes per chip) of 'v5p:4x4x4'. Raises UserError on a malformed or unknown name."""
+  """(devices, HBM bytes per chip) of 'v5p:4x4x4'. Raises UserError on a malformed or unknown
+  name."""
   generation, _, shape = name.partition(':')
   if generation not in HBM_BYTES or not all(x.isdigit() for x in shape.split('x')):
     raise UserError(f'topology: {name!r} is not GENERATION:AxB or :AxBxC with GENERATION in '
@@ -70,10 +72,10 @@ def topology_devices(name: str) -> tuple[Sequence[Any], int]:
     raise UserError(f'topology: {name!r}: {error}') from error
 
 
-def _on(mesh, tree, spec=P()):
-  """Abstract tree with one sharding."""
+def _whole(mesh, tree):
+  """Abstract tree that every chip holds whole."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
+    x.shape, x.dtype, sharding=NamedSharding(mesh, P())), tree)
 
 
 def _rows(mesh, tree):
@@ -138,8 +140,8 @@ class Pod:
     shapes = jax.eval_shape(lambda: state.create(self.model, self.method, self.optimizer, seed=0))
     shardings = state.shardings(shapes, self.model, self.method, self.mesh)
     rollouts, sizes = self._rollouts()
-    roles = {'teacher': params_lib.shapes(params_lib.abstract(self.teacher))} if self.teacher else {}
     configs = {'teacher': self.teacher} if self.teacher else {}
+    roles = {k: params_lib.shapes(params_lib.abstract(c)) for k, c in configs.items()}
     ready = prepare.make_prepare(self.model, self.method, self.step_settings, configs)
     parts = jax.eval_shape(
       lambda p, m, r, t: ready(p, m, r, jax.random.key(0), t, sizes)[1], shapes.params,
@@ -156,9 +158,9 @@ class Pod:
 
   def sample(self, config: ModelConfig, name: str) -> Report:
     """One call of the sampler: at most chunk_groups groups of plain prompts."""
-    slots = min(self.chunk_groups or self.method.capacity, self.method.capacity)
+    slots = decode.call_slots(self.method.capacity, self.chunk_groups)
     settings = dataclasses.replace(self.sampling, group_size=self.method.group_size)
-    key = _on(self.mesh, jax.eval_shape(lambda: jax.random.key(0)))
+    key = _whole(self.mesh, jax.eval_shape(lambda: jax.random.key(0)))
     with jax.set_mesh(self.mesh):
       lowered = decode.generate.lower(
         config, _params(config, self.mesh), _rows(self.mesh, _prompts(slots, self.prompt_tokens)),

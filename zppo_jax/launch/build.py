@@ -1,4 +1,5 @@
-"""From a config to a run: data, tokenizer, models, roles, method. No array exists before `validate`."""
+"""From a config to a run: data, tokenizer, models, roles, method. No array exists before
+`validate`."""
 
 from __future__ import annotations
 
@@ -181,8 +182,10 @@ def build(config: Any, workdir: str, *, grader: Grader) -> loop.Run:
     allow_fractional=config.data.allow_fractional, mesh=mesh)
   eval_sampling = dataclasses.replace(sampling, temperature=e.temperature, top_k=e.top_k,
                                       top_p=e.top_p, min_p=e.min_p)
+  optim = state.Optim(**config.optim)
   return loop.Run(
-    setup=setup, method=method, optimizer=state.make_optimizer(state.Optim(**config.optim)),
+    setup=setup, method=method, optimizer=state.make_optimizer(optim),
+    learning_rate=state.schedule(optim.learning_rate, optim),
     step_settings=step_settings(config), settings=loop_settings(config),
     stream=batches.prompt_stream(train_source, batch_size=method_config(config).num_new,
                                  seed=config.seed),

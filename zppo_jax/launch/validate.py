@@ -23,7 +23,8 @@ RANGES = {  # dotted field -> (low, low is excluded)
   'num_steps': (1, False), 'max_staleness': (0, False), 'rollout.prompt_tokens': (1, False),
   'rollout.reformulated_tokens': (1, False), 'rollout.max_new_tokens': (1, False),
   'rollout.temperature': (0, True), 'rollout.write_prompt_tokens': (0, False),
-  'rollout.write_chunk': (1, False), 'rollout.chunk_groups': (0, False), 'optim.learning_rate': (0, False),
+  'rollout.write_chunk': (1, False), 'rollout.chunk_groups': (0, False),
+  'optim.learning_rate': (0, False),
   'optim.critic_learning_rate': (0, False), 'optim.warmup_steps': (0, False),
   'optim.decay_steps': (0, False), 'optim.weight_decay': (0, False), 'optim.eps': (0, True),
   'optim.clip_norm': (0, True), 'train.micro_batches': (1, False), 'train.chunk': (1, False),
@@ -57,7 +58,7 @@ def _method(config: Any) -> tuple[list[Problem], Any]:
     return found, None
   row = table.METHODS[config.method.name]
   given = {k: v for k, v in config.method.items() if k != 'name' and v is not None}
-  found = unknown_keys(given, [*vars(row.defaults)], 'method.')
+  found = unknown_keys(given, [*vars(row.defaults)], 'method')
   if found:
     return found, None
   try:
@@ -74,7 +75,8 @@ def _model(config: Any) -> list[Problem]:
 
 
 def _lengths(config: Any, method: Any) -> list[Problem]:
-  """Rows must fit the context; reformulated prompts are never truncated, so their bound must fit."""
+  """Rows must fit the context; reformulated prompts are never truncated, so their bound must
+  fit."""
   r, found = config.rollout, []
   for name in ('prompt_tokens', 'reformulated_tokens'):
     total = r[name] + r.max_new_tokens
@@ -108,9 +110,6 @@ def _sharding(config: Any, method: Any, num_devices: int) -> list[Problem]:
       'method.num_new', slots * part.group_size, pieces * shards,
       by=f'{pieces} micro-batches x {shards} data shards; a mini-batch has {slots} groups of '
          f'{part.group_size} rows')
-  chunk = config.rollout.chunk_groups
-  if chunk and built.capacity > chunk:
-    found += check_divisible('rollout.chunk_groups', built.capacity, chunk, by='chunk_groups')
   if built.iterations > built.capacity:
     found.append(Problem('method.iterations', f'{built.iterations} mini-batches, but only '
                          f'{built.capacity} groups'))
@@ -174,7 +173,8 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
   found += _model(config)
   if not aot:  # checkpoints and files are only needed where it runs
     found += _data(config) + _roles(config, method)
-  return found + _lengths(config, method) + _sharding(config, method, num_devices) + _staleness(config, method)
+  found += _lengths(config, method) + _sharding(config, method, num_devices)
+  return found + _staleness(config, method)
 
 
 def validate(config: Any, *, num_devices: int, aot: bool = False) -> None:

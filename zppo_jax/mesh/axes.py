@@ -33,7 +33,8 @@ def spec(axes: tuple[str | None, ...]) -> P:
 
 
 def fit(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
-  """Like `spec`, but a dim that its mesh axes do not divide stays whole (8 KV heads on 16 chips)."""
+  """Like `spec`, but a dim that its mesh axes do not divide stays whole (8 KV heads on 16
+  chips)."""
   parts = []
   for size, part in zip(shape, spec(axes)):
     names = (part,) if isinstance(part, str) else (part or ())

@@ -1,1 +1,2 @@
-"""Training methods: each says which sequences, what each token is worth, and which terms read it."""
+"""Training methods: each says which sequences, what each token is worth, and which terms read
+it."""

@@ -166,7 +166,7 @@ class Method:
 
   plan(state, question ids i32[num_new], ctx) -> (state, groups)      host
   explore(state, drawn, ctx) -> (state, [drawn, ...])                 host, the second phase
-  credit(state, rollout, scores) -> (state, signal)                   jitted, all parts as one rollout
+  credit(state, rollout, scores) -> (state, signal)                   jitted, all parts as one
   absorb(state, rollout) -> state                                     jitted, after the update
   summary(state) -> {metric: scalar}                                  jitted
   `capacity` counts the group slots of the first phase. `needs` names roles and features among

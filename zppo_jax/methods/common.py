@@ -60,7 +60,8 @@ def outcome_reward(rollout: types.Rollout, reward: Array, scores: types.Scores, 
 
 def signal(rollout: types.Rollout, scores: types.Scores, advantage: Array, *, active: Array,
            correction: str = 'none', correction_cap: float = 2.0) -> types.Signal:
-  """Signal from a value per row f32[N] or per token f32[N, T]; no gradient, zero outside the mask."""
+  """Signal from a value per row f32[N] or per token f32[N, T]; no gradient, zero outside the
+  mask."""
   mask = loss_mask(rollout)
   if advantage.ndim == 1:
     advantage = advantage[:, None]
@@ -143,7 +144,8 @@ def policy(c: PolicyLoss) -> api.Term:
 
 def kl_penalty(beta: float, kind: str, aggregation: Aggregation,
                max_tokens: int | None = None) -> api.Term:
-  """beta * KL estimate to the reference on the sampled tokens; k1 has no gradient and is refused."""
+  """beta * KL estimate to the reference on the sampled tokens; k1 has no gradient and is
+  refused."""
   if kind == 'k1':
     raise ValueError("kl_kind must be 'k2', 'k3' or 'k3+' in the loss, got 'k1'")
 

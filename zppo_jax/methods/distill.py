@@ -1,4 +1,5 @@
-"""Distillation baselines: full-vocabulary divergences on teacher or student tokens, and sampled OPD.
+"""Distillation baselines: full-vocabulary divergences on teacher or student tokens, and sampled
+OPD.
 
 Off-policy: right teacher answers, JSD at each of their tokens. On-policy: JSD at the student's own
 tokens, or (`signal='advantage'`) the sampled reverse KL as a token advantage of the one clipped
@@ -55,7 +56,8 @@ def check(c: Config) -> None:
 
 
 def _teacher_rows(c: Config, capacity: int):
-  """Explore: fresh teacher answers to every question; the right ones train, the student's do not."""
+  """Explore: fresh teacher answers to every question; the right ones train, the student's do
+  not."""
 
   def explore(state, drawn: api.Drawn, ctx: api.Context):
     groups = [g for g in drawn.groups if g is not None]

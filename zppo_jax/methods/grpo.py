@@ -36,7 +36,8 @@ class Config:
   delta: float | None = None
   weight_max: float = 5.0
   aggregation: common.Aggregation = 'seq_mean_token_mean'
-  max_tokens: int | None = None  # constant of seq_mean_token_sum_norm; response cap of overlong shaping
+  # Constant of seq_mean_token_sum_norm; response cap of overlong shaping
+  max_tokens: int | None = None
   gamma: float = 1.0  # reinforce_pp
   kl_beta: float = 0.0
   kl_kind: Literal['k1', 'k2', 'k3', 'k3+'] = 'k3'

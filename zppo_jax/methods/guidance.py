@@ -1,6 +1,8 @@
-"""Ways to put a teacher's answer to use beside BCQ and NCQ: compression, Hint, Prefix, teacher response.
+"""Ways to put a teacher's answer to use beside BCQ and NCQ: compression, Hint, Prefix, teacher
+response.
 
-Source: arXiv:2606.18216 (baselines); Hint after Guide-GRPO and SEELE, Prefix after BREAD and StepHint.
+Source: arXiv:2606.18216 (baselines); Hint after Guide-GRPO and SEELE, Prefix after BREAD
+and StepHint.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def compress(how: str, sources: Sequence[str], ctx: api.Context, *, max_tokens: 
   """Each trace in at most max_tokens tokens and with the same final answer.
 
   'teacher': greedy rewriting; a summary that changes the answer is redone once with the answer
-  named, then replaced by the tail. 'tail': the last tokens, for teachers that follow no instruction.
+  named, then replaced by the tail. 'tail': the last tokens, for teachers that follow no
+  instruction.
   """
   if how == 'tail' or not sources:
     return [tail(s, ctx, max_tokens) for s in sources]
@@ -91,7 +94,8 @@ def hint(c, capacity: int):
 
 
 def prefix(c, capacity: int):
-  """Explore: a new group per hard question, its responses opened by 40 % of a right teacher trace."""
+  """Explore: a new group per hard question, its responses opened by 40 % of a right teacher
+  trace."""
 
   def explore(state, drawn: api.Drawn, ctx: api.Context):
     groups = []

@@ -1,6 +1,7 @@
 """PPO with a critic: GAE advantages, clipped policy and value losses, KL in the reward.
 
-Sources: PPO 1707.06347, GAE 1506.02438. The critic is a decoder of its own with its own learning rate.
+Sources: PPO 1707.06347, GAE 1506.02438. The critic is a decoder of its own with its own
+learning rate.
 """
 
 from __future__ import annotations

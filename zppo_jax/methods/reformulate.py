@@ -21,8 +21,8 @@ class Wording:
 
   open_tag: str = '<candidate>'
   close_tag: str = '</candidate>'
-  bcq: str = ('Two candidate responses follow in candidate tags. One of them is right and the other '
-              'is wrong. Use them as references while you solve the problem yourself.')
+  bcq: str = ('Two candidate responses follow in candidate tags. One of them is right and the '
+              'other is wrong. Use them as references while you solve the problem yourself.')
   ncq: str = 'All of these answers are wrong: '
   traces: str = 'The wrong reasoning that led to them follows in candidate tags.'
   hint: str = 'A hint follows in hint tags.'
@@ -77,7 +77,8 @@ def build_ncq(question: str, traces: Sequence[str], answers: Sequence[str | None
               wording: Wording = FULL) -> str:
   """The question, the distinct wrong answers boxed, and every wrong trace.
 
-  Answers that did not parse add a trace but no listed answer; with none parsed the list is left out.
+  Answers that did not parse add a trace but no listed answer; with none parsed the list is
+  left out.
   """
   distinct = normalise_distinct(answers)
   listed = ', '.join(f'\\boxed{{{clean(a, wording)}}}' for a in distinct)

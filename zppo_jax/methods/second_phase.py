@@ -31,7 +31,8 @@ def select_hard(accuracy: Array, ok: Array, *, tau: float) -> tuple[Array, Array
 
 
 def cap_instances(has: Array, *, cap: int) -> Array:
-  """Which instances stay, bool[C, 2], walking (question, BCQ, NCQ) and stopping at the first misfit.
+  """Which instances stay, bool[C, 2], walking (question, BCQ, NCQ) and stopping at the first
+  misfit.
 
   Every instance costs one slot, so the walk keeps exactly the first `cap` of them.
   """

@@ -104,7 +104,8 @@ def _reformulated(c: Config):
 
 
 def build(c: Config) -> api.Method:
-  """Cross-entropy on the solutions of the data; prompts are masked. Raises UserError on bad fields."""
+  """Cross-entropy on the solutions of the data; prompts are masked. Raises UserError on bad
+  fields."""
   found = [f'{n} must be in [0, 1], got {getattr(c, n)}'
            for n in ('bcq_fraction', 'ncq_fraction', 'label_noise') if not 0 <= getattr(c, n) <= 1]
   found += [f'{n} must be at least 1, got {getattr(c, n)}'

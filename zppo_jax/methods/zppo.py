@@ -119,7 +119,8 @@ def choose_instances(c: Config, drawn: api.Drawn, right: dict[int, list[str]],
     wrong = wrong_rows(drawn, slot)
     rng = ctx.rng('candidates', drawn.groups[slot].question)
     if keep[i, 0]:
-      pair = (right[slot][rng.integers(len(right[slot]))], drawn.texts[wrong[rng.integers(len(wrong))]])
+      pair = (right[slot][rng.integers(len(right[slot]))],
+              drawn.texts[wrong[rng.integers(len(wrong))]])
       found.append(Instance(slot, BCQ, pair))
     if keep[i, 1]:
       found.append(Instance(slot, NCQ, tuple(drawn.texts[r] for r in wrong),

@@ -1,4 +1,5 @@
-"""Decoding state: what each mixer remembers of the tokens before. Rows are slots, filled left to right."""
+"""Decoding state: what each mixer remembers of the tokens before. Rows are slots, filled left to
+right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Building blocks without state. Dims: B rows, T tokens, S keys, H heads, KV key heads, K head size."""
+"""Building blocks without state. Dims: B rows, T tokens, S keys, H heads, KV key heads, K head
+size."""
 
 import math
 
@@ -40,7 +41,8 @@ def _attend_block(query: Array, key: Array, value: Array, mask: Array) -> Array:
 
 
 def attend(query: Array, key: Array, value: Array, mask_of, *, query_chunk: int) -> Array:
-  """Grouped-query softmax attention; query [B, T, H, K], key and value [B, S, KV, K] -> [B, T, H, K].
+  """Grouped-query softmax attention; query [B, T, H, K], key and value [B, S, KV, K] -> [B, T, H,
+  K].
 
   `mask_of(columns)` gives bool[B, len(columns), S] for a range of query columns, so that a long
   sequence never holds more than query_chunk x S scores; the scores of a chunk are recomputed in

@@ -1,4 +1,5 @@
-"""Token mixers: apply(config, params, x, place, cache, layer) -> (y, cache). One row of MIXERS each."""
+"""Token mixers: apply(config, params, x, place, cache, layer) -> (y, cache). One row of MIXERS
+each."""
 
 from __future__ import annotations
 

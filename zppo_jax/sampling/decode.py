@@ -2,8 +2,8 @@
 
 Dims: P prompts, G samples each, N = P * G rows, L prompt bucket, R response bucket, T = L + R.
 A row is its prompt, then its response, then padding: no left padding, no gap. The noise of a token
-is a function of (key, request, sample, response index) alone, so a sample never depends on what else
-is in the batch.
+is a function of (key, request, sample, response index) alone, so a sample never depends on what
+else is in the batch.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def check_settings(s: Settings) -> None:
       raise ValueError(f'{name} must be {bound}, got {getattr(s, name)}')
   if s.temperature < GREEDY_BELOW and s.group_size > 1:
     raise ValueError(f'temperature 0 draws {s.group_size} equal samples: group_size must be 1')
+
+
+def call_slots(slots: int, limit: int) -> int:
+  """Prompts per call of `generate`: the largest divisor of `slots` within `limit` (0 = all)."""
+  return max(d for d in range(1, min(limit or slots, slots) + 1) if slots % d == 0)
 
 
 @types.record

@@ -1,4 +1,5 @@
-"""One checkpoint item per concern, all at the same step: state, rollouts in flight, and host facts."""
+"""One checkpoint item per concern, all at the same step: state, rollouts in flight, and host
+facts."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def save(manager: ocp.CheckpointManager, step: int, *, state: Any, pending: Any,
 
 
 def _differences(wanted, found: dict[str, Any]) -> list[str]:
-  want = {k: (tuple(v.shape), str(np.dtype(v.dtype))) for k, v in trees.named_leaves(wanted).items()}
-  have = {k: (tuple(v.shape), str(np.dtype(v.dtype))) for k, v in found.items()}
+  facts = lambda leaves: {k: (tuple(v.shape), str(np.dtype(v.dtype))) for k, v in leaves.items()}
+  want, have = facts(trees.named_leaves(wanted)), facts(found)
   lines = [f'{k}: only in the checkpoint' for k in sorted(set(have) - set(want))]
   lines += [f'{k}: not in the checkpoint' for k in sorted(set(want) - set(have))]
   lines += [f'{k}: checkpoint has {have[k]}, this run {want[k]}'

@@ -77,7 +77,7 @@ class Setup:
   teacher: tuple[ModelConfig, Any] | None = None  # (config, params), frozen
   write_prompt_tokens: int = 0  # bucket of instructions to the teacher
   write_chunk: int = 64  # instructions per teacher call
-  chunk_groups: int = 0  # groups per call of the sampler, bounding its cache; 0 = all
+  chunk_groups: int = 0  # most groups per call of the sampler, bounding its cache; 0 = all
   allow_fractional: bool = False
   mesh: Any = None
 
@@ -209,11 +209,12 @@ class StepContext:
     if setup.mesh is not None:
       prompts = jax.device_put(prompts, place.replicated(setup.mesh))
     slots = prompts.valid.shape[0]
-    chunk = min(setup.chunk_groups or slots, slots)
+    chunk = decode.call_slots(slots, setup.chunk_groups)
     with self._timer(f'rollout_{name}'):
-      parts = [decode.generate(config, params, jax.tree.map(lambda x: x[i:i + chunk], prompts),
-                               key=self.key('rollout', name), settings=settings,
-                               version=self._version) for i in range(0, slots, chunk)]
+      pieces = [jax.tree.map(lambda x, i=i: x[i:i + chunk], prompts)
+                for i in range(0, slots, chunk)]
+      parts = [decode.generate(config, params, p, key=self.key('rollout', name),
+                               settings=settings, version=self._version) for p in pieces]
       rollout = parts[0] if len(parts) == 1 else trees.concat(parts)
       rollout = jax.block_until_ready(dataclasses.replace(
         rollout, role_id=jnp.full_like(rollout.role_id, role)))

@@ -1,4 +1,5 @@
-"""Held-out plain accuracy: the same questions, the same settings, at any step and for any method."""
+"""Held-out plain accuracy: the same questions, the same settings, at any step and for any
+method."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The loop: plan, sample, explore, score, credit, step, absorb; metrics and checkpoints around it.
 
-With max_staleness = s, the rollouts of step t were sampled with the weights of step t - s. The update
-is dispatched first and sampling goes on meanwhile, so on disjoint meshes the two overlap; the order
-of every state change is the same, and s = 0 is the plain synchronous loop.
+With max_staleness = s, the rollouts of step t were sampled with the weights of step t - s. The
+update is dispatched first and sampling goes on meanwhile, so on disjoint meshes the two overlap; the
+order of every state change is the same, and s = 0 is the plain synchronous loop.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Run:
   setup: Setup
   method: api.Method
   optimizer: Any
+  learning_rate: Callable  # update number -> the policy's learning rate
   step_settings: step.StepSettings
   settings: LoopSettings
   stream: Any  # question ids, with get_state / set_state
@@ -86,6 +87,7 @@ class Programs:
   update: Callable
   absorb: Callable
   summary: Callable
+  learning_rate: Callable
   roles: dict[str, Any]
   abstract: state.TrainState  # with shardings
 
@@ -120,7 +122,7 @@ def compile_programs(run: Run) -> Programs:
                    donate_argnums=0, out_shardings=(shardings, place.replicated(mesh))),
     absorb=jax.jit(lambda s, parts: method.absorb(
       s, prepare.join(parts, max(p.tokens.shape[1] for p in parts)))),
-    summary=jax.jit(method.summary),
+    summary=jax.jit(method.summary), learning_rate=jax.jit(run.learning_rate),
     roles=roles, abstract=checkpoint.abstract(shapes, shardings))
 
 
@@ -161,9 +163,9 @@ class _Saver:
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, at: int, train_state, queue, chrono: float, force: bool = False) -> None:
+  def save(self, at: int, train_state, queue, force: bool = False) -> None:
     items = list(queue)
-    meta = {'stream': self._run.stream.get_state(), 'seconds': chrono,
+    meta = {'stream': self._run.stream.get_state(),
             'pending': [{'group_sizes': q.group_sizes, 'metrics': q.metrics, 'dump': q.dump}
                         for q in items]}
     checkpoint.save(self._manager, at, state=train_state, pending=[q.rollouts for q in items],
@@ -175,7 +177,7 @@ class _Saver:
     queue = collections.deque(
       Sampled(tuple(types.Rollout(**r) for r in rollouts), tuple(m['group_sizes']), m['metrics'],
               m['dump']) for rollouts, m in zip(pending, meta['pending']))
-    return train_state, queue, meta['seconds']
+    return train_state, queue
 
   def close(self) -> None:
     self._manager.wait_until_finished()
@@ -249,11 +251,10 @@ def train(run: Run) -> state.TrainState:
   programs, saver, timer = compile_programs(run), _Saver(run), PhaseTimer()
   begin = saver.latest()
   queue: collections.deque[Sampled] = collections.deque()
-  chrono = 0.0
   if begin is None:
     train_state = initial_state(run, programs)
   else:
-    train_state, queue, chrono = saver.restore(begin, programs.abstract)
+    train_state, queue = saver.restore(begin, programs.abstract)
   with (MetricWriter(run.workdir, after_step=-1 if begin is None else begin,
                      tensorboard=run.settings.tensorboard) as writer,
         Progress(run.settings.num_steps, start_step=begin or 0, every=run.settings.log_every,
@@ -261,10 +262,10 @@ def train(run: Run) -> state.TrainState:
         _Preemption() as preemption, jax.set_mesh(run.setup.mesh)):
     if begin is None:
       writer.write_scalars(0, _evaluate(run, train_state.params['policy']))
-      saver.save(0, train_state, queue, chrono, force=True)
+      saver.save(0, train_state, queue, force=True)
     body = _Body(run, programs, saver, timer, writer, progress)
     try:
-      train_state = body.steps(train_state, queue, begin or 0, chrono, preemption)
+      train_state = body.steps(train_state, queue, begin or 0, preemption)
     finally:
       saver.close()
   return train_state
@@ -281,7 +282,7 @@ class _Body:
   writer: MetricWriter
   progress: Progress
 
-  def steps(self, train_state, queue, begin: int, chrono: float, preemption: _Preemption):
+  def steps(self, train_state, queue, begin: int, preemption: _Preemption):
     run, last = self.run, self.run.settings.num_steps
     rows: list = []
     while len(queue) < run.settings.max_staleness and begin + len(queue) < last:
@@ -290,9 +291,7 @@ class _Body:
       queue.append(item)
     for at in range(begin, last):
       self._profile(at)
-      start = time.perf_counter()
       train_state, metrics, host = self._one(train_state, queue, at)
-      chrono += time.perf_counter() - start
       done = at + 1
       every = run.settings.eval_every
       if done == last or (every and done % every == 0):
@@ -305,11 +304,11 @@ class _Body:
         try:
           _fetch(run, rows, self.writer)
         except UserError:
-          self.saver.save(done, train_state, queue, chrono, force=True)
+          self.saver.save(done, train_state, queue, force=True)
           raise
         self.progress.update(done, self._shown(host, metrics))
       if saves:
-        self.saver.save(done, train_state, queue, chrono, force=stop)
+        self.saver.save(done, train_state, queue, force=stop)
       if preemption.asked and done < last:
         self.saver.close()
         raise SystemExit(42)
@@ -341,6 +340,7 @@ class _Body:
     train_state = dataclasses.replace(
       train_state, method=self.programs.absorb(train_state.method, item.rollouts))
     metrics = metrics | self.programs.summary(train_state.method)
+    metrics['learning_rate'] = self.programs.learning_rate(train_state.updates)
     self._dump(item, at)
     return train_state, metrics, item.metrics | lag | self._timing(start, item)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,13 +55,12 @@ def join(parts: Sequence, size: int):
 
 def cut(signal: types.Signal, rollouts: Sequence[types.Rollout]) -> list[types.Signal]:
   """Inverse of join for a signal."""
-  found, begin = [], 0
-  for r in rollouts:
-    rows, size = r.tokens.shape
-    found.append(jax.tree.map(
-      lambda x: x[begin:begin + rows, :size] if x.ndim == 2 else x[begin:begin + rows], signal))
-    begin += rows
-  return found
+  def part(begin: int, rows: int, size: int) -> types.Signal:
+    end = begin + rows
+    return jax.tree.map(lambda x: x[begin:end, :size] if x.ndim == 2 else x[begin:end], signal)
+
+  starts = itertools.accumulate([0, *(r.tokens.shape[0] for r in rollouts[:-1])])
+  return [part(begin, *r.tokens.shape) for begin, r in zip(starts, rollouts)]
 
 
 def make_scorer(config: ModelConfig, needs: frozenset[str], s: StepSettings,

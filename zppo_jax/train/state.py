@@ -67,7 +67,8 @@ def make_optimizer(o: Optim) -> optax.GradientTransformation:
 
   return optax.multi_transform(
     {'policy': adamw(o.learning_rate), 'critic': adamw(o.critic_learning_rate)},
-    lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()})
+    lambda params: {name: jax.tree.map(lambda _, name=name: name, tree)
+                    for name, tree in params.items()})
 
 
 def specs(config: ModelConfig, needs: frozenset[str]) -> dict[str, Any]:
@@ -95,7 +96,8 @@ def create(config: ModelConfig, method: api.Method, optimizer, *, seed: int,
 
 def shardings(abstract_state: TrainState, config: ModelConfig, method: api.Method,
               mesh: Mesh) -> TrainState:
-  """Sharding of every leaf: parameters by the axis table, moments like their parameter, rest whole."""
+  """Sharding of every leaf: parameters by the axis table, moments like their parameter, rest
+  whole."""
   by_role = {name: params_lib.shardings(tree, mesh)
              for name, tree in specs(config, method.needs).items()}
   whole = NamedSharding(mesh, P())

@@ -90,7 +90,8 @@ def finish_metrics(metrics: api.Metrics) -> dict[str, Array]:
 
 def denominators(terms: Sequence[api.Term], outputs: Sequence[Any],
                  signals: Sequence[types.Signal]) -> list[Array]:
-  """Sum of each term's denominator over all parts; model outputs are blank: it may not read them."""
+  """Sum of each term's denominator over all parts; model outputs are blank: it may not read
+  them."""
   blank = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), o) for o in outputs]
   return [sum(term(o, s)[1] for o, s in zip(blank, signals)) for term in terms]
 

@@ -1,0 +1,94 @@
+"""The loop around the step: what it logs, what it refuses, and that it compiles nothing twice."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+
+from experiments.train import train
+from zppo_jax.core.errors import UserError
+from zppo_jax.launch import workdir
+
+SMALL = {'model.hidden': 32, 'model.inter': 64, 'data.eval_size': 16, 'eval.num_questions': 16,
+         'eval.chunk': 16, 'log.progress': False, 'mesh.fsdp': 1, 'mesh.data': -1}
+
+
+def config(name, **changes):
+  found = importlib.import_module(f'ml_collections_configs.{name}').get_config('tiny')
+  flat = SMALL | {k.replace('__', '.'): v for k, v in changes.items()}
+  found.update_from_flattened_dict(flat)
+  return found
+
+
+def rows(folder, name='metrics.jsonl'):
+  return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def still(tmp_path_factory):
+  """Twenty steps at learning rate 0 over 8 devices, with buffer and second phase."""
+  folder = tmp_path_factory.mktemp('still')
+  train(config('zppo', method__name='zppo_ncq', method__num_new=8, method__buffer_capacity=16,
+               num_steps=20, optim__learning_rate=0.0), str(folder))
+  return folder
+
+
+def test_sampler_and_scorer_agree_every_step_and_the_gap_stays_flat(still):
+  gap = [r['mismatch/abs_max'] for r in rows(still) if 'mismatch/abs_max' in r]
+  assert len(gap) == 20 and max(gap) < 1e-4
+  assert np.mean(gap[-5:]) < 2 * np.mean(gap[:5]) + 1e-6
+
+
+def test_nothing_compiles_after_the_second_step(still):
+  counts = [r['compile_count'] for r in rows(still, 'timing.jsonl') if 'compile_count' in r]
+  assert counts[0] > 0 and len(set(counts[1:])) == 1, counts
+
+
+def test_metrics_that_a_user_must_see(still):
+  last = rows(still)[-1]
+  for name in ('reward/mean', 'reward/std', 'reward/zero_var_frac', 'group/pass_rate_zero',
+               'response/len_mean', 'response/len_max', 'response/truncated_frac', 'loss/policy',
+               'ratio/ratio_mean', 'ratio/clip_frac_low', 'ratio/clip_frac_high', 'mismatch/kl_k3',
+               'entropy', 'grad_norm', 'param_norm', 'version_lag/max', 'buffer/size',
+               'buffer/evicted', 'buffer/visits_mean', 'learning_rate', 'eval/accuracy'):
+    assert name in last, name
+  timing = rows(still, 'timing.jsonl')[-1]
+  for name in ('time/rollout_policy', 'time/reward', 'time/prepare', 'time/update', 'time/step',
+               'time/host_frac', 'tokens_per_s', 'memory_peak_bytes'):
+    assert name in timing, name
+
+
+def test_rollouts_can_be_read(still):
+  dumped = rows(still / 'rollouts', 'step_10.jsonl')
+  assert {r['kind'] for r in dumped} == {0, 2}
+  assert all(r['prompt'] and set(r) >= {'response', 'parsed', 'answer', 'reward'} for r in dumped)
+
+
+def test_plots_and_page_are_written(still):
+  for name in ('learning.png', 'speed.png', 'report.html', 'config.json', 'command.txt', 'DONE'):
+    assert (still / name).stat().st_size > 0 or name == 'DONE', name
+
+
+def test_non_finite_gradient_stops_with_the_step_and_keeps_the_state(tmp_path):
+  with pytest.raises(UserError, match='non-finite gradient at step 2'):
+    train(config('sft', method__num_new=8, num_steps=6, optim__learning_rate=1e30,
+                 optim__warmup_steps=0, log__every_steps=1, data__eval_size=8), str(tmp_path))
+  assert workdir.latest_step(str(tmp_path)) == 2
+
+
+def test_prompt_longer_than_the_bucket_is_named(tmp_path):
+  with pytest.raises(UserError, match=r'question \w+ .* tokens, the largest bucket holds 4'):
+    train(config('sft', rollout__prompt_tokens=4, num_steps=1), str(tmp_path))
+
+
+def test_workdir_of_another_config_shows_the_difference(still):
+  with pytest.raises(UserError, match='seed'):
+    train(config('zppo', method__name='zppo_ncq', method__num_new=8, method__buffer_capacity=16,
+                 num_steps=20, optim__learning_rate=0.0, seed=7), str(still))
+
+
+def test_teacher_checkpoint_must_be_a_run(tmp_path):
+  (tmp_path / 'empty' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(UserError, match='no model.json'):
+    train(config('distill', teacher__checkpoint=str(tmp_path / 'empty')), str(tmp_path / 'run'))

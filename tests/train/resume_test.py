@@ -1,0 +1,131 @@
+"""A run that is killed again and again ends where the unbroken one does, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SMALL = ('--config.model.hidden=32', '--config.model.inter=64', '--config.data.eval_size=16',
+         '--config.eval.num_questions=16', '--config.eval.chunk=16',
+         '--config.rollout.prompt_tokens=32', '--config.rollout.max_new_tokens=40')
+STEPS, KILLS = 14, 10
+
+
+def command(config, workdir, cache, *extra):
+  return [sys.executable, '-m', 'experiments.train',
+          f'--config=ml_collections_configs/{config}:tiny',
+          f'--workdir={workdir}', f'--config.launch.compilation_cache={cache}', *SMALL, *extra]
+
+
+def environment():
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}  # one device
+  return env | {'JAX_PLATFORMS': 'cpu'}
+
+
+def run(*args, **kwargs):
+  return subprocess.run(args[0], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                        check=True, **kwargs)
+
+
+def newest(workdir):
+  """Step of the newest complete checkpoint, -1 before the first."""
+  try:
+    names = os.listdir(os.path.join(workdir, 'checkpoints'))
+  except FileNotFoundError:
+    return -1
+  return max((int(n) for n in names if n.isdecimal()), default=-1)
+
+
+def final_state(workdir):
+  with ocp.CheckpointManager(os.path.join(workdir, 'checkpoints'),
+                             item_names=('state', 'pending', 'meta')) as manager:
+    out = manager.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore(),
+                                                         meta=ocp.args.JsonRestore()))
+  return out['state'], out['meta']
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  """A compilation cache and a warm start that solves some questions, so that steps change
+  weights."""
+  folder = tmp_path_factory.mktemp('resume')
+  run(command('sft.py', folder / 'warm', folder / 'cache', '--config.num_steps=100',
+              '--config.optim.learning_rate=5e-3', '--config.log.every_steps=50'))
+  return folder
+
+
+def zppo(base, name, *extra):
+  return command('zppo.py', base / name, base / 'cache', '--config.method.name=zppo_ncq',
+                 '--config.method.num_new=8', '--config.method.buffer_capacity=16',
+                 f'--config.init.checkpoint={base / "warm"}', f'--config.num_steps={STEPS}',
+                 '--config.eval.every_steps=5', '--config.ckpt.every_steps=1', *extra)
+
+
+def test_kills_at_random_moments_change_nothing(base):
+  run(zppo(base, 'whole'))
+  rng = random.Random(0)
+  broken, killed_at = base / 'broken', []
+  for i in range(KILLS):
+    process = subprocess.Popen(zppo(base, 'broken'), cwd=ROOT, env=environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while newest(broken) < i and process.poll() is None:
+      time.sleep(0.02)
+    time.sleep(rng.uniform(0, 0.4))  # in a step, in a checkpoint, or in a metrics row
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at.append(newest(broken))
+  assert max(killed_at) < STEPS, 'the run ended before the last kill: it proves nothing'
+  run(zppo(base, 'broken', '--resume=must'))
+  whole, broken = final_state(base / 'whole'), final_state(base / 'broken')
+  jax.tree.map(np.testing.assert_array_equal, whole[0], broken[0])
+  assert int(whole[0]['updates']) > 0 and whole[0]['method']['valid'].any()
+  assert whole[1]['stream'] == broken[1]['stream']
+  for name in ('metrics.jsonl', 'metrics.csv'):
+    assert (base / 'whole' / name).read_bytes() == (base / 'broken' / name).read_bytes(), name
+
+
+def test_second_run_says_that_it_is_done(base):
+  before = (base / 'warm' / 'metrics.jsonl').read_bytes()
+  done = run(command('sft.py', base / 'warm', base / 'cache', '--config.num_steps=100',
+                     '--config.optim.learning_rate=5e-3', '--config.log.every_steps=50'))
+  assert 'nothing left to do' in done.stdout
+  assert (base / 'warm' / 'metrics.jsonl').read_bytes() == before
+
+
+def test_stale_rollouts_resume_too_and_lag_by_the_bound(base):
+  extra = ('--config.max_staleness=2', '--config.allow_uncorrected_staleness=True')
+  run(zppo(base, 'stale', *extra))
+  process = subprocess.Popen(zppo(base, 'stale_broken', *extra), cwd=ROOT, env=environment(),
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+  while newest(base / 'stale_broken') < 5:
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.kill()
+  process.wait()
+  run(zppo(base, 'stale_broken', *extra))
+  whole, broken = final_state(base / 'stale'), final_state(base / 'stale_broken')
+  jax.tree.map(np.testing.assert_array_equal, whole[0], broken[0])
+  rows = [json.loads(x) for x in (base / 'stale' / 'metrics.jsonl').read_text().splitlines()]
+  assert [r['version_lag/max'] for r in rows if r['step']] == [0, 1] + [2] * (STEPS - 2)
+
+
+def test_sigterm_saves_and_asks_for_a_restart(base):
+  process = subprocess.Popen(zppo(base, 'term', '--config.ckpt.every_steps=100'), cwd=ROOT,
+                             env=environment(), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+  rows = base / 'term' / 'metrics.jsonl'
+  while not rows.exists() or len(rows.read_text().splitlines()) < 4:
+    assert process.poll() is None
+    time.sleep(0.02)
+  process.terminate()
+  assert process.wait() == 42
+  assert newest(base / 'term') >= 3
