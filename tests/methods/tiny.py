@@ -22,6 +22,7 @@ from zppo_jax.models.config import ModelConfig
 from zppo_jax.rewards.verifiers import VerifyResult
 from zppo_jax.sampling import decode
 from zppo_jax.train import context, loop, state, step
+from zppo_jax.train import run as run_lib
 
 PROMPT, REFORMULATED, RESPONSE, INSTRUCTION = 8, 112, 16, 640  # token buckets
 SETTINGS = step.StepSettings(window=RESPONSE, chunk=8)
@@ -123,8 +124,9 @@ def make_run(name: str, *, shape=None, grader=None, optim=OPTIM, settings=SETTIN
   method = method or table.build(name, fields)
   return loop.Run(
     setup=setup(method, mesh(shape), grader=grader), method=method,
-    optimizer=state.make_optimizer(optim), step_settings=settings,
-    settings=loop.LoopSettings(num_steps=3, dump_every=0),
+    optimizer=state.make_optimizer(optim), learning_rate=state.schedule(optim.learning_rate, optim),
+    step_settings=settings,
+    settings=run_lib.LoopSettings(num_steps=3, dump_every=0),
     stream=batches.prompt_stream(source(), batch_size=fields['num_new'], seed=0), workdir='',
     reference=weights(5), warm_start=weights(1), progress=False)
 

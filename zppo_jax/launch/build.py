@@ -21,7 +21,7 @@ from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.rewards.grade import Grader
 from zppo_jax.sampling import decode
-from zppo_jax.train import checkpoint, evaluate, loop, state, step
+from zppo_jax.train import checkpoint, evaluate, run, state, step
 from zppo_jax.train.context import Questions, Setup
 
 TOKENIZER_TEXTS = 2000  # examples whose characters a character tokenizer must know
@@ -135,9 +135,9 @@ def sampling_settings(config: Any, stop_id: int) -> decode.Settings:
                          temperature=r.temperature)
 
 
-def loop_settings(config: Any) -> loop.LoopSettings:
+def loop_settings(config: Any) -> run.LoopSettings:
   log = config.log
-  return loop.LoopSettings(
+  return run.LoopSettings(
     num_steps=config.num_steps, max_staleness=config.max_staleness,
     checkpoint_every=config.ckpt.every_steps, keep_checkpoints=config.ckpt.keep,
     eval_every=config.eval.every_steps, log_every=log.every_steps,
@@ -151,7 +151,7 @@ def step_settings(config: Any) -> step.StepSettings:
                            micro_batches=config.train.micro_batches, chunk=config.train.chunk)
 
 
-def build(config: Any, workdir: str, *, grader: Grader) -> loop.Run:
+def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   """A run ready for `loop.train`. The config must have passed `validate`."""
   if config.launch.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', config.launch.compilation_cache)
@@ -183,7 +183,7 @@ def build(config: Any, workdir: str, *, grader: Grader) -> loop.Run:
   eval_sampling = dataclasses.replace(sampling, temperature=e.temperature, top_k=e.top_k,
                                       top_p=e.top_p, min_p=e.min_p)
   optim = state.Optim(**config.optim)
-  return loop.Run(
+  return run.Run(
     setup=setup, method=method, optimizer=state.make_optimizer(optim),
     learning_rate=state.schedule(optim.learning_rate, optim),
     step_settings=step_settings(config), settings=loop_settings(config),

@@ -1,8 +1,8 @@
 """The loop: plan, sample, explore, score, credit, step, absorb; metrics and checkpoints around it.
 
 With max_staleness = s, the rollouts of step t were sampled with the weights of step t - s. The
-update is dispatched first and sampling goes on meanwhile, so on disjoint meshes the two overlap; the
-order of every state change is the same, and s = 0 is the plain synchronous loop.
+update is dispatched first and sampling goes on meanwhile, so on disjoint meshes the two overlap;
+the order of all state changes is the same, and s = 0 is the plain synchronous loop.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import resource
 import signal as signals
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,51 +21,14 @@ import jax.numpy as jnp
 
 from zppo_jax.core import rng, types
 from zppo_jax.core.errors import UserError
-from zppo_jax.mesh import place
-from zppo_jax.methods import api
-from zppo_jax.train import checkpoint, compiles, evaluate, observe, prepare, state, step
-from zppo_jax.train.context import Setup, StepContext
+from zppo_jax.train import checkpoint, compiles, evaluate, observe, state
+from zppo_jax.train.context import StepContext
 from zppo_jax.train.metrics import MetricWriter, PhaseTimer
 from zppo_jax.train.progress import Progress
+from zppo_jax.train.run import Programs, Run, compile_programs, initial_state
 
 DEVICE_PHASES = ('time/rollout_policy', 'time/rollout_teacher', 'time/prepare', 'time/update',
                  'time/plan')
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopSettings:
-  """How long, how stale, and what to write when; counts are rollout steps."""
-
-  num_steps: int
-  max_staleness: int = 0
-  checkpoint_every: int = 10
-  keep_checkpoints: int = 2
-  eval_every: int = 0  # 0 = only before the first and after the last step
-  log_every: int = 1
-  dump_every: int = 10  # rollouts/step_N.jsonl for reading; 0 = never
-  dump_rows: int = 16
-  profile_start: int = -1  # first step of the profiler window, -1 = off
-  profile_steps: int = 3
-  tensorboard: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """One training run, ready to go."""
-
-  setup: Setup
-  method: api.Method
-  optimizer: Any
-  learning_rate: Callable  # update number -> the policy's learning rate
-  step_settings: step.StepSettings
-  settings: LoopSettings
-  stream: Any  # question ids, with get_state / set_state
-  workdir: str
-  eval_setup: Setup | None = None
-  eval_settings: evaluate.EvalSettings | None = None
-  reference: Any = None  # frozen policy for KL, where the method needs one
-  warm_start: Any = None  # initial policy weights
-  progress: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,61 +39,6 @@ class Sampled:
   group_sizes: tuple[int, ...]
   metrics: dict[str, float]
   dump: list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-  """The jitted functions of a run."""
-
-  prepare: Callable
-  update: Callable
-  absorb: Callable
-  summary: Callable
-  learning_rate: Callable
-  roles: dict[str, Any]
-  abstract: state.TrainState  # with shardings
-
-
-def frozen_roles(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-  """({role: config}, {role: params}) of the frozen models that the jitted step or scorer reads."""
-  configs, params = {}, {}
-  if run.method.needs & {'teacher_hidden', 'teacher_logp'}:
-    if run.setup.teacher is None:
-      raise UserError('teacher: the method scores with a teacher, but the run has none')
-    configs['teacher'], params['teacher'] = run.setup.teacher
-  if 'reference' in run.method.needs:
-    if run.reference is None:
-      raise UserError('reference: the method has a KL term, but the run has no reference policy')
-    configs['reference'], params['reference'] = run.setup.model, run.reference
-  return configs, params
-
-
-def compile_programs(run: Run) -> Programs:
-  """Builds the jitted functions; the train state is donated and keeps its shardings."""
-  config, method, mesh = run.setup.model, run.method, run.setup.mesh
-  role_configs, roles = frozen_roles(run)
-  in_step = {k: v for k, v in role_configs.items() if 'teacher_hidden' in method.needs}
-  init = lambda: state.create(config, method, run.optimizer, seed=run.setup.seed)
-  shapes = jax.eval_shape(init)
-  shardings = state.shardings(shapes, config, method, mesh)
-  update = step.make_train_step(config, method, run.optimizer, run.step_settings, in_step)
-  return Programs(
-    prepare=jax.jit(prepare.make_prepare(config, method, run.step_settings, role_configs),
-                    static_argnums=5),
-    update=jax.jit(lambda s, parts, r: update(s, parts, {k: r[k] for k in in_step}),
-                   donate_argnums=0, out_shardings=(shardings, place.replicated(mesh))),
-    absorb=jax.jit(lambda s, parts: method.absorb(
-      s, prepare.join(parts, max(p.tokens.shape[1] for p in parts)))),
-    summary=jax.jit(method.summary), learning_rate=jax.jit(run.learning_rate),
-    roles=roles, abstract=checkpoint.abstract(shapes, shardings))
-
-
-def initial_state(run: Run, programs: Programs) -> state.TrainState:
-  shardings = jax.tree.map(lambda x: x.sharding, programs.abstract)
-  make = jax.jit(lambda policy: state.create(run.setup.model, run.method, run.optimizer,
-                                             seed=run.setup.seed, policy=policy),
-                 out_shardings=shardings)
-  return make(run.warm_start)
 
 
 def sample(run: Run, params, method_state, at: int, version, timer) -> tuple[Any, Sampled]:
