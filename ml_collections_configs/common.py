@@ -75,7 +75,7 @@ def base(preset):
     size=20_000, eval_size=512, template='plain' if tiny else 'chatml',
     instruction='' if tiny else INSTRUCTION, deadline_secs=5.0, allow_fractional=False)
   c.rollout = dict(
-    prompt_tokens=32 if tiny else 4096, reformulated_tokens=256 if tiny else 12_288,
+    prompt_tokens=32 if tiny else 4096, reformulated_tokens=184 if tiny else 12_288,
     max_new_tokens=40 if tiny else 12_288, temperature=1.0, write_prompt_tokens=0 if tiny else
     16_384, write_chunk=64, chunk_groups=120 if preset == 'pod' else 0)
   c.optim = dict(learning_rate=3e-4 if tiny else 1e-6, critic_learning_rate=1e-3 if tiny else 1e-5,
@@ -87,7 +87,7 @@ def base(preset):
     c.train = dict(micro_batches=12, chunk=256)
     c.mesh.tensor = 4
   c.eval = dict(every_steps=0 if tiny else 20, num_questions=256 if tiny else 512, chunk=128,
-                samples=1, temperature=0.0 if tiny else 0.6, top_k=0 if tiny else 20,
+                samples=1, temperature=1.0 if tiny else 0.6, top_k=0 if tiny else 20,
                 top_p=1.0 if tiny else 0.95, min_p=0.0)
   c.log = dict(every_steps=1, dump_every_steps=10, dump_rows=16, tensorboard=False, progress=True,
                profile_start=-1, profile_steps=3)

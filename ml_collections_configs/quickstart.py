@@ -19,8 +19,8 @@ def get_config(arg=None):
     config[name] = shared[name]
 
   config.student = sft.get_config(preset)
-  config.student.num_steps = 250
-  config.student.method.update(bcq_fraction=0.125, ncq_fraction=0.125, label_noise=0.5)
+  config.student.num_steps = 350
+  config.student.method.update(bcq_fraction=0.25, ncq_fraction=0.25, label_noise=0.6)
   config.teacher = sft.get_config(preset)
   config.teacher.num_steps = 600
   config.teacher.optim.decay_steps = 600
@@ -31,6 +31,6 @@ def get_config(arg=None):
   config.grpo.method.name = 'zppo_grpo_buffer'
   for stage in (config.zppo, config.grpo):
     stage.method.num_new = 24
-    stage.optim.learning_rate = 5e-4
+    stage.optim.learning_rate = 1e-3
     stage.eval.every_steps = 10
   return config

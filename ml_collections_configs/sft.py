@@ -13,7 +13,7 @@ def get_config(arg=None):
     num_new=int, aggregation=str, bcq_fraction=float, ncq_fraction=float, label_noise=float,
     max_wrong=int, wording=str, compress_tokens=int)
   if preset == 'tiny':
-    config.method.update(num_new=64, wording='short', compress_tokens=14)
+    config.method.update(num_new=64, wording='short', compress_tokens=6)
     config.num_steps = 300
     config.optim.update(learning_rate=3e-3, warmup_steps=20)
     config.log.update(every_steps=20, dump_every_steps=100)

@@ -17,7 +17,7 @@ def get_config(arg=None):
     prefix_tokens=int, compress=str, compress_tokens=int, wording=str, teacher_chunk=int)
   if preset == 'tiny':
     config.method.update(num_new=32, iterations=4, buffer_capacity=256, compress='tail',
-                         compress_tokens=14, wording='short', teacher_chunk=8, prefix_tokens=24)
+                         compress_tokens=6, wording='short', teacher_chunk=8, prefix_tokens=24)
   if preset == 'local':
     config.method.update(num_new=64, teacher_chunk=16)
   return config

@@ -11,6 +11,7 @@ import pytest
 
 from experiments import miniature
 from experiments.miniatures import zppo as m1
+from experiments.miniatures import zppo_student as student
 from zppo_jax.core import rng
 from zppo_jax.ops import advantages, surrogates
 from zppo_jax.train import prepare
@@ -52,7 +53,7 @@ def test_rollouts_are_counted(result):
 
 def test_buffer_conserves_its_entries_in_every_bin(result):
   for name, arm in result.arms.items():
-    buffer, size = arm.buffer, m1.ARMS[name][0].group_size
+    buffer, size = arm.buffer, student.ARMS[name][0].group_size
     for seed in range(result.num_seeds):
       entry = np.round(buffer.entry_acc[seed][buffer.valid[seed]] * size).astype(int)
       held = np.bincount(entry, minlength=size + 1)
@@ -65,13 +66,13 @@ def test_graduation_by_both_denominators():
   buffer = types.SimpleNamespace(admitted=np.array([[10, 5], [0, 1]]),
                                  graduated=np.array([[2, 1], [0, 0]]),
                                  evicted=np.array([[6, 1], [0, 1]]))
-  trained = m1.Trained(None, None, None, None, buffer)
+  trained = student.Trained(None, None, None, None, buffer)
   np.testing.assert_allclose(trained.graduation(), [0.2, np.nan])
   np.testing.assert_allclose(trained.graduation('left'), [0.25, np.nan])
 
 
-def stacked_worlds(num_seeds, task=m1.TASK):
-  made = [m1.make_world(seed, task, m1.REACH) for seed in range(num_seeds)]
+def stacked_worlds(num_seeds, task=student.TASK):
+  made = [student.make_world(seed, task, student.REACH) for seed in range(num_seeds)]
   return jax.tree.map(lambda *x: np.stack(x), *made)
 
 
@@ -85,7 +86,7 @@ def plain_grpo(key, world, weights, *, steps, new=64, size=8, count=4):
     noise = rng.fold(here, 'noise')
     u = jax.vmap(lambda q: jax.random.uniform(jax.random.fold_in(noise, q), (3 * size + 5,)))(ids)
     phi = world.phi[ids]
-    answer = m1.pick(jax.nn.softmax(phi @ weights)[:, None], u[:, :size])
+    answer = student.pick(jax.nn.softmax(phi @ weights)[:, None], u[:, :size])
     reward = (answer == world.right[ids][:, None]).astype(jnp.float32).reshape(-1)
     logp = lambda w: jnp.take_along_axis(
       jax.nn.log_softmax(phi @ w), answer, axis=1).reshape(-1, 1)
@@ -107,11 +108,11 @@ def plain_grpo(key, world, weights, *, steps, new=64, size=8, count=4):
 
 
 def test_switches_off_equal_grpo_bit_for_bit():
-  off = dataclasses.replace(m1.ZPPO, use_bcq=False, use_ncq=False, use_buffer=False)
-  assert m1.ARMS['grpo'] == (off, m1.REACH)
+  off = dataclasses.replace(student.ZPPO, use_bcq=False, use_ncq=False, use_buffer=False)
+  assert student.ARMS['grpo'] == (off, student.REACH)
   keys, steps = jax.vmap(jax.random.key)(np.arange(2)), 24  # more than one epoch
   worlds, weights = stacked_worlds(2)
-  found = m1.train_seeds(keys, worlds, weights, config=off, task=m1.TASK, steps=steps)
+  found = student.train_seeds(keys, worlds, weights, config=off, task=student.TASK, steps=steps)
   want = jax.jit(jax.vmap(lambda *x: plain_grpo(*x, steps=steps)))(keys, worlds, weights)
   np.testing.assert_array_equal(found.weights, want)
   assert np.abs(found.weights - weights).max() > 1
@@ -120,12 +121,12 @@ def test_switches_off_equal_grpo_bit_for_bit():
 
 
 def test_world_is_the_protocol():
-  world, weights = m1.make_world(3, m1.TASK, m1.REACH)
-  plain = m1.group_logp(weights, np.eye(64, dtype=np.float32), 0.0, world.right[:64, None])
+  world, weights = student.make_world(3, student.TASK, student.REACH)
+  plain = student.group_logp(weights, np.eye(64, dtype=np.float32), 0.0, world.right[:64, None])
   assert -10.5 < plain.min() < plain.max() < -3.8  # 5e-5 to 1.4e-2, and the noise of W
   assert (world.teacher[:64] > 0.5).sum() == 51
   assert sorted(world.order) == list(range(1280)) and world.phi.shape == (1280 + 512, 64)
-  less, _ = m1.make_world(3, m1.TASK, 0.25)
+  less, _ = student.make_world(3, student.TASK, 0.25)
   np.testing.assert_array_equal(less.phi, world.phi)
   assert (less.teacher <= world.teacher).all() and (less.teacher[:64] > 0.5).sum() == 16
 
@@ -133,25 +134,25 @@ def test_world_is_the_protocol():
 def test_pick_follows_the_mass():
   mass = jnp.array([0.0, 1.0, 0.0, 3.0, 0.0])
   u = (np.arange(1000) + 0.5) / 1000
-  counts = np.bincount(m1.pick(jnp.broadcast_to(mass, (1000, 5)), u), minlength=5)
+  counts = np.bincount(student.pick(jnp.broadcast_to(mass, (1000, 5)), u), minlength=5)
   np.testing.assert_array_equal(counts, [0, 250, 0, 750, 0])
 
 
 def example_groups(accuracy):
   """Groups of 8 on questions 0.. with the given accuracies; wrong answers are right + 1 or + 2."""
-  world, weights = m1.make_world(0, m1.TASK, 0.0)
+  world, weights = student.make_world(0, student.TASK, 0.0)
   ids = np.arange(len(accuracy))
   reward = (np.arange(8) < 8 * np.asarray(accuracy)[:, None]).astype(np.float32)
   wrong = 1 + np.arange(8) % 2
   answer = (world.right[ids][:, None] + np.where(reward > 0, 0, wrong)) % 64
   ok = np.ones(len(ids), bool)
-  return world, weights, m1.Groups(ids, ok, None, answer, None, jnp.asarray(reward))
+  return world, weights, student.Groups(ids, ok, None, answer, None, jnp.asarray(reward))
 
 
 def test_prompts_raise_both_candidates_and_lower_the_listed_answers():
   world, _, plain = example_groups([0.0, 0.25, 0.875])
   for u in (0.0, 0.999):
-    bcq, ncq = np.moveaxis(np.asarray(m1.prompt_bias(m1.TASK, world, plain, jnp.full(3, u))), 1, 0)
+    bcq, ncq = np.moveaxis(np.asarray(student.prompt_bias(student.TASK, world, plain, jnp.full(3, u))), 1, 0)
     for i in range(3):
       wrong = set(plain.answer[i]) - {world.right[i]}
       raised = set(np.flatnonzero(bcq[i] == 6))
@@ -168,9 +169,9 @@ def test_worked_example_of_the_step(cap, taught, want):
   world, weights, plain = example_groups([0, 1/8, 3/8, 1/2, 5/8, 5/8, 5/8, 5/8, 0, 5/8])
   world = dataclasses.replace(
     world, teacher=jnp.asarray([float(q in taught) for q in range(world.right.size)]))
-  c = dataclasses.replace(m1.ZPPO, num_new=8, rho_aug=cap / 8)
+  c = dataclasses.replace(student.ZPPO, num_new=8, rho_aug=cap / 8)
   u = jnp.full((10, 2 * 8 + 4 + 1), 0.5)
-  groups, samples = m1.reformulate(c, m1.TASK, world, weights, plain, u)
+  groups, samples = student.reformulate(c, student.TASK, world, weights, plain, u)
   kinds = ['bcq' if row.max() > 0 else 'ncq' for row in np.asarray(groups.bias)]
   assert np.all(groups.ok) and list(zip(np.asarray(groups.question), kinds)) == want
   assert samples == 4 * cap

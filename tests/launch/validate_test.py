@@ -76,7 +76,7 @@ CASES = (
   ('zppo', dict(method__group_size=1), 'group_size must be at least 2, got 1'),
   ('zppo', dict(method__rho_aug=0.01), 'rho_aug must give floor'),
   ('zppo', dict(method__iterations=99), 'iterations must be in 1..num_new = 32, got 99'),
-  ('zppo', dict(method__compress_tokens=100), 'rollout.reformulated_tokens: 256 cannot hold'),
+  ('zppo', dict(method__compress_tokens=100), 'rollout.reformulated_tokens: 184 cannot hold'),
   ('zppo', dict(method__compress='teacher'), 'rollout.write_prompt_tokens'),
   ('zppo', dict(rollout__max_new_tokens=40_000), 'exceeds model.context = 32768'),
   ('zppo', dict(max_staleness=1), 'max_staleness: 1 without a sampler correction'),

@@ -56,14 +56,15 @@ class Trial:
       now = loop.initial_state(self.run, self.programs)
       start = tiny.copy(now.params)
       for at in range(3):
-        steps.append(tiny.take_step(self.run, self.programs, now, at))
+        taken = tiny.take_step(self.run, self.programs, now, at)
         self.compile_counts.append(compiles.count())
-        now = steps[-1].after
+        now = taken.after  # donated to the next step
+        steps.append(dataclasses.replace(taken, after=tiny.copy(now)))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).sum(), tiny.copy(now.params), start)
     self.moved = sum(jax.tree.leaves(moved))
     best = max(steps, key=lambda s: sum(int(r.valid.sum()) for r in s.item.rollouts))
     self.at, self.before, self.item, self.parts = best.at, best.before, best.item, best.parts
-    self.after, self.metrics = tiny.copy(best.after), best.metrics
+    self.after, self.metrics = best.after, best.metrics
 
   def step(self, parts, *, micro_batches: int = 1):
     """(moments of the optimiser, metrics) after the update on other parts."""

@@ -16,7 +16,9 @@ from zppo_jax.core.errors import UserError
 def make_manager(path: str, *, every: int = 1, keep: int = 2) -> ocp.CheckpointManager:
   """Orbax manager of the steps under `path`; saves in the background, keeps the newest `keep`."""
   return ocp.CheckpointManager(
-    path, item_names=('state', 'pending', 'meta'),
+    path, item_handlers={'state': ocp.StandardCheckpointHandler(),
+                         'pending': ocp.StandardCheckpointHandler(),
+                         'meta': ocp.JsonCheckpointHandler()},
     options=ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep))
 
 

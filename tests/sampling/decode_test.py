@@ -1,0 +1,192 @@
+"""Sampling: agreement with the scorer, independence of the batch, forced prefixes, filters, stops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zppo_jax import models, sampling
+from zppo_jax.core import types
+from zppo_jax.models import decoder
+from zppo_jax.sampling import decode, rules, score
+
+CONFIG = models.ModelConfig(vocab=24, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8,
+                            inter=48, rope_theta=1e4, num_valid=21)
+EOS, BUCKET, NEW, GROUP = 2, 10, 12, 3
+LENGTHS = (7, 10, 1, 4)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return jax.tree.map(lambda x: 2.0 * x, models.init(CONFIG, jax.random.key(0)))
+
+
+def prompts(rows=range(4), bucket=BUCKET, forced=(), valid=None):
+  """Prompt i is the same whatever else is in the batch."""
+  rows = list(rows)
+  tokens = np.zeros((len(rows), bucket), np.int32)
+  for at, i in enumerate(rows):
+    tokens[at, :LENGTHS[i]] = np.random.default_rng(i).integers(3, 21, LENGTHS[i])
+  width = max([len(f) for f in forced], default=0)
+  prefix = np.zeros((len(rows), width), np.int32)
+  for at, ids in enumerate(forced):
+    prefix[at, :len(ids)] = ids
+  ids = np.asarray(rows, np.int32)
+  return decode.Prompts(
+    tokens=tokens, length=np.asarray([LENGTHS[i] for i in rows], np.int32), forced=prefix,
+    forced_length=np.asarray([len(f) for f in forced] or [0] * len(rows), np.int32),
+    request=ids.astype(np.uint32), group_id=ids, kind=0 * ids, question_id=ids,
+    valid=np.ones(len(rows), bool) if valid is None else np.asarray(valid))
+
+
+def settings(**changes):
+  return dataclasses.replace(
+    sampling.Settings(max_new_tokens=NEW, eos_ids=(EOS,), group_size=GROUP), **changes)
+
+
+def draw(params, batch, key=0, **changes):
+  return sampling.generate(CONFIG, params, batch, key=jax.random.key(key),
+                           settings=settings(**changes))
+
+
+def responses(rollout):
+  """Response ids of every row, prompt cut off."""
+  tokens, turns = np.asarray(rollout.tokens), np.asarray(rollout.turn_id)
+  return [tuple(t[u > 0]) for t, u in zip(tokens, turns)]
+
+
+def scorer(params, rollout, temperature=1.0):
+  return score.score(CONFIG, params, rollout, window=NEW, temperature=temperature, chunk=4)
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_sampler_and_scorer_agree(params, temperature):
+  rollout = draw(params, prompts(), temperature=temperature)
+  scored = scorer(params, rollout, temperature)
+  assert np.abs(scored.logp - rollout.behavior_logp).max() < 1e-4
+  assert np.all(np.asarray(rollout.behavior_logp)[np.asarray(rollout.loss_mask)] < 0)
+
+
+def test_scores_are_log_softmax_of_the_forward(params):
+  rollout = draw(params, prompts())
+  logits = decoder.forward(CONFIG, params, rollout.tokens, segment_ids=rollout.segment_ids).logits
+  logp = jax.nn.log_softmax(logits)[:, :-1]
+  wanted = jnp.take_along_axis(logp, rollout.tokens[:, 1:, None], axis=2)[..., 0]
+  mask = rollout.loss_mask[:, 1:]
+  scored = scorer(params, rollout)
+  np.testing.assert_allclose(np.where(mask, scored.logp[:, 1:], 0), np.where(mask, wanted, 0),
+                             atol=1e-5)
+  entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+  np.testing.assert_allclose(np.where(mask, scored.entropy[:, 1:], 0),
+                             np.where(mask, entropy, 0), atol=1e-5)
+
+
+def test_a_sample_depends_on_nothing_else_in_the_batch(params):
+  whole = responses(draw(params, prompts()))
+  for rows, bucket in (((2,), BUCKET), ((3, 1, 0), BUCKET), ((0, 1, 2, 3), 16)):
+    part = responses(draw(params, prompts(rows, bucket)))
+    for at, i in enumerate(rows):
+      assert part[at * GROUP:(at + 1) * GROUP] == whole[i * GROUP:(i + 1) * GROUP]
+  fewer = responses(draw(params, prompts(), group_size=2))
+  assert fewer[:2] == whole[:2] and fewer[2:4] == whole[GROUP:GROUP + 2]
+
+
+def test_keys_and_samples_differ(params):
+  first = responses(draw(params, prompts()))
+  assert first == responses(draw(params, prompts())) != responses(draw(params, prompts(), key=1))
+  assert len(set(first[:GROUP])) > 1
+
+
+def test_rows_have_no_gap_and_stop_at_eos(params):
+  rollout = draw(params, prompts(), key=5)
+  for row, ids in enumerate(responses(rollout)):
+    start = LENGTHS[row // GROUP]
+    mask = np.asarray(rollout.loss_mask[row])
+    assert list(np.flatnonzero(mask)) == list(range(start, start + len(ids)))
+    assert EOS not in ids[:-1]
+    finished = ids[-1] == EOS
+    assert int(rollout.status[row]) == (types.FINISHED if finished else types.TRUNCATED)
+    assert finished or len(ids) == NEW
+    assert int(rollout.traj_tokens[row]) == len(ids)
+    assert np.asarray(rollout.segment_ids[row]).sum() == start + len(ids)
+  assert {int(s) for s in rollout.status} == {types.FINISHED, types.TRUNCATED}
+
+
+def test_forced_prefix_opens_the_response_and_is_not_sampled(params):
+  forced = [(5, 6, 7), (), (9,), (4, 4)]
+  rollout = draw(params, prompts(forced=forced))
+  for row, ids in enumerate(responses(rollout)):
+    prefix = forced[row // GROUP]
+    assert ids[:len(prefix)] == prefix
+    mask = np.asarray(rollout.loss_mask[row])
+    assert mask.sum() == len(ids) - len(prefix)
+    assert not mask[:LENGTHS[row // GROUP] + len(prefix)].any()
+  assert np.abs(scorer(params, rollout).logp - rollout.behavior_logp).max() < 1e-4
+  free = responses(draw(params, prompts()))
+  assert free[GROUP:2 * GROUP] == responses(rollout)[GROUP:2 * GROUP]  # an empty prefix is none
+
+
+def test_invalid_prompts_yield_invalid_rows_and_nothing_else(params):
+  rollout = draw(params, prompts(valid=[True, False, True, False]))
+  whole = responses(draw(params, prompts()))
+  valid = np.repeat([True, False, True, False], GROUP)
+  np.testing.assert_array_equal(rollout.valid, valid)
+  assert not np.asarray(rollout.loss_mask)[~valid].any()
+  assert responses(rollout)[:GROUP] == whole[:GROUP]
+  empty = draw(params, prompts(valid=[False] * 4))
+  assert not np.asarray(empty.loss_mask).any() and not np.asarray(empty.turn_id).any()
+
+
+def test_greedy_takes_the_best_token(params):
+  rollout = draw(params, prompts(), temperature=0.0, group_size=1)
+  logits = decoder.forward(CONFIG, params, rollout.tokens, segment_ids=rollout.segment_ids).logits
+  best = np.asarray(jnp.argmax(logits, axis=-1))[:, :-1]
+  mask = np.asarray(rollout.loss_mask)[:, 1:]
+  np.testing.assert_array_equal(np.asarray(rollout.tokens)[:, 1:][mask], best[mask])
+
+
+def test_filters_by_definition():
+  logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]]))
+  keep = lambda x: (np.asarray(x) > -1e29).tolist()
+  assert keep(rules.top_k(logits, 2)) == [[True, True, False, False], [True] * 4]
+  assert keep(rules.top_p(logits[:1], 0.4)) == [[True, False, False, False]]
+  assert keep(rules.top_p(logits[:1], 0.41)) == [[True, True, False, False]]
+  assert keep(rules.top_p(logits[:1], 1e-9)) == [[True, False, False, False]]
+  assert keep(rules.min_p(logits[:1], 0.5)) == [[True, True, True, False]]
+  for off in (rules.top_k(logits, 0), rules.top_p(logits, 1.0), rules.min_p(logits, 0.0)):
+    assert off is logits
+
+
+def test_filtered_log_probs_are_renormalised(params):
+  rollout = draw(params, prompts(), top_k=2)
+  logits = decoder.forward(CONFIG, params, rollout.tokens, segment_ids=rollout.segment_ids).logits
+  shaped = jax.nn.log_softmax(rules.top_k(logits.reshape(-1, 24), 2)).reshape(logits.shape)
+  wanted = jnp.take_along_axis(shaped[:, :-1], rollout.tokens[:, 1:, None], axis=2)[..., 0]
+  mask = np.asarray(rollout.loss_mask)[:, 1:]
+  np.testing.assert_allclose(np.asarray(rollout.behavior_logp)[:, 1:][mask],
+                             np.asarray(wanted)[mask], atol=1e-4)
+
+
+def test_samples_follow_the_distribution(params):
+  batch = prompts((2,))
+  rollout = draw(params, batch, group_size=4000, max_new_tokens=1)
+  first = np.asarray(rollout.tokens)[:, LENGTHS[2]]
+  logits = decoder.forward(CONFIG, params, jnp.asarray(batch.tokens[:, :1])).logits[0, 0]
+  probs = np.asarray(jax.nn.softmax(logits))
+  counts = np.bincount(first, minlength=24)
+  error = np.abs(counts / 4000 - probs) / np.sqrt(probs * (1 - probs) / 4000 + 1e-9)
+  assert error[probs > 1e-3].max() < 4 and counts[21:].sum() == 0
+
+
+@pytest.mark.parametrize('changes, part', [
+  (dict(max_new_tokens=0), 'max_new_tokens must be at least 1, got 0'),
+  (dict(temperature=-1.0), 'temperature must be at least 0'),
+  (dict(temperature=0.0), 'temperature 0 draws 3 equal samples'),
+  (dict(top_p=0.0), r'top_p must be in \(0, 1\], got 0.0'),
+  (dict(min_p=1.0), 'min_p'), (dict(top_k=-1), 'top_k'), (dict(eos_ids=()), 'eos_ids'),
+  (dict(group_size=0), 'group_size')])
+def test_bad_settings_are_named(changes, part):
+  with pytest.raises(ValueError, match=part):
+    decode.check_settings(settings(**changes))
