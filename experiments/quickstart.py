@@ -37,6 +37,26 @@ def stage(config: Any, name: str, **checkpoints: str) -> Any:
   return found
 
 
+def fit_buckets(config: Any) -> None:
+  """Widens the token buckets to the user's own file: every prompt and solution must fit."""
+  from zppo_jax.launch import build
+  from zppo_jax.methods import reformulate
+  from zppo_jax.train.context import Questions
+
+  with config.unlocked():
+    config.tokenizer = config.student.tokenizer
+  source = build.build_source(config, 'train')
+  questions = Questions(source, build.build_tokenizer(config, source), config.data.template,
+                        config.data.instruction)
+  prompt, _, response, _ = build.longest(questions)
+  up = lambda tokens: -(-tokens // 8) * 8
+  method, rollout = config.zppo.method, config.rollout
+  rollout.prompt_tokens = max(rollout.prompt_tokens, up(prompt))
+  rollout.max_new_tokens = max(rollout.max_new_tokens, up(response))
+  rollout.reformulated_tokens = max(rollout.reformulated_tokens, reformulate.prompt_bound(
+    rollout.prompt_tokens, method.group_size or 8, method.compress_tokens, method.wording))
+
+
 def rows_of(folder: str) -> list[dict[str, Any]]:
   return metrics_lib.read_rows(os.path.join(folder, 'metrics.jsonl'))
 
@@ -94,6 +114,8 @@ def main(launch: app.Launch) -> None:
 
   config, root = launch.config, launch.workdir
   folders = {name: os.path.join(root, name) for name in ('student', 'teacher', 'zppo', 'grpo')}
+  if config.data.path:
+    fit_buckets(config)
 
   def run(name: str, **checkpoints: str) -> None:
     print(f'== {name}', flush=True)

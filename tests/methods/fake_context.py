@@ -1,4 +1,4 @@
-"""A run without models: rewards by script, prompts and calls on record. Implements `api.Context`."""
+"""A run without models: scripted rewards, prompts and calls on record, as an `api.Context`."""
 
 import collections
 import dataclasses

@@ -1,7 +1,7 @@
 """A run small enough for every property: two layers, one-digit sums, a grader that tosses coins.
 
-Everything is the library's own (sources, tokenizer, sampler, scorer, step) but the verdicts: a random
-model is never right, so `CoinGrader` draws them from a hash of the answer.
+Everything is the library's own (sources, tokenizer, sampler, scorer, step) but the verdicts: a
+random model is never right, so `CoinGrader` draws them from a hash of the answer.
 """
 
 import dataclasses
@@ -74,14 +74,14 @@ def model(**changes) -> ModelConfig:
 @functools.cache
 def _draw_weights():
   def draw(key):
-    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params_lib.init(model(), key))
+    return jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, params_lib.init(model(), key))
 
   return jax.jit(draw)
 
 
 @functools.cache
 def weights(seed: int):
-  """Random parameters, four times the usual size so that distributions are far from flat."""
+  """Random parameters, twice the usual size so that distributions are far from flat."""
   return _draw_weights()(jax.random.key(seed))
 
 

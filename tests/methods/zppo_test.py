@@ -503,7 +503,8 @@ def test_old_logp_of_a_teacher_response_is_the_students():
   ('guide', dict(guide='hint')), ('guide', dict(guide='tips', use_bcq=False, use_ncq=False)),
   ('norm', dict(norm='zero')), ('norm_scope', dict(norm_scope='group')),
   ('wording', dict(wording='long')), ('compress', dict(compress='zip')),
-  ('eps_low', dict(eps_low=0.0)), ('eps_high', dict(eps_high=0.0)), ('dual_clip', dict(dual_clip=1)),
+  ('eps_low', dict(eps_low=0.0)), ('eps_high', dict(eps_high=0.0)),
+  ('dual_clip', dict(dual_clip=1)),
   ('prefix_fraction', dict(prefix_fraction=1.0)), ('compress_tokens', dict(compress_tokens=0)),
   ('teacher_chunk', dict(teacher_chunk=0)),
 ])

@@ -78,7 +78,7 @@ def test_non_finite_gradient_stops_with_the_step_and_keeps_the_state(tmp_path):
 
 
 def test_prompt_longer_than_the_bucket_is_named(tmp_path):
-  with pytest.raises(UserError, match=r'question \w+ .* tokens, the largest bucket holds 4'):
+  with pytest.raises(UserError, match=r'prompt_tokens: question \w+ .* the largest bucket holds 4'):
     train(config('sft', rollout__prompt_tokens=4, num_steps=1), str(tmp_path))
 
 

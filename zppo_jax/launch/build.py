@@ -151,6 +151,35 @@ def step_settings(config: Any) -> step.StepSettings:
                            micro_batches=config.train.micro_batches, chunk=config.train.chunk)
 
 
+def longest(questions: Questions, limit: int = TOKENIZER_TEXTS) -> tuple[int, int, int, int]:
+  """(tokens, row) of the longest plain prompt and of the longest worked solution, stop included.
+
+  Looks at the first `limit` rows of a procedural source, and at every row of a file.
+  """
+  source = questions.source
+  rows = len(source) if hasattr(source, 'examples') else min(limit, len(source))
+  prompt = max((len(questions.plain_ids(i)), i) for i in range(rows))
+  response = max((len(questions.tokenizer.encode(questions.example(i).solution or '')) + 1, i)
+                 for i in range(rows))
+  return *prompt, *response
+
+
+def check_lengths(questions: Questions, *, prompt_tokens: int, response_tokens: int | None) -> None:
+  """Raises UserError naming the longest question that does not fit its bucket, before any work.
+
+  `response_tokens` None: the solutions are not trained on and may have any length.
+  """
+  prompt, row, response, response_row = longest(questions)
+  if prompt > prompt_tokens:
+    raise UserError(
+      f'rollout.prompt_tokens: question {questions.example(row).uid} (row {row}) has {prompt} '
+      f'tokens, the largest bucket holds {prompt_tokens}')
+  if response_tokens is not None and response > response_tokens:
+    raise UserError(
+      f'rollout.max_new_tokens: the solution of {questions.example(response_row).uid} (row '
+      f'{response_row}) has {response} tokens, the largest bucket holds {response_tokens}')
+
+
 def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   """A run ready for `loop.train`. The config must have passed `validate`."""
   if config.launch.compilation_cache:
@@ -164,6 +193,10 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   write_facts(workdir, model, tokenizer)
   template = config.data.template
   questions = Questions(train_source, tokenizer, template, config.data.instruction)
+  held_out = dataclasses.replace(questions, source=eval_source)
+  given = config.rollout.max_new_tokens if 'solutions' in method.needs else None
+  check_lengths(questions, prompt_tokens=config.rollout.prompt_tokens, response_tokens=given)
+  check_lengths(held_out, prompt_tokens=config.rollout.prompt_tokens, response_tokens=None)
   sampling = sampling_settings(config, questions.stop_id)
   teacher = warm = None
   if config.teacher.checkpoint:
@@ -190,8 +223,7 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
     stream=batches.prompt_stream(train_source, batch_size=method_config(config).num_new,
                                  seed=config.seed),
     workdir=workdir,
-    eval_setup=dataclasses.replace(setup, questions=dataclasses.replace(
-      questions, source=eval_source)),
+    eval_setup=dataclasses.replace(setup, questions=held_out),
     eval_settings=evaluate.EvalSettings(e.num_questions, e.chunk, e.samples, eval_sampling),
     reference=warm if 'reference' in method.needs else None, warm_start=warm,
     progress=config.log.progress)

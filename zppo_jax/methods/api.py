@@ -170,7 +170,8 @@ class Method:
   absorb(state, rollout) -> state                                     jitted, after the update
   summary(state) -> {metric: scalar}                                  jitted
   `capacity` counts the group slots of the first phase. `needs` names roles and features among
-  'old_logp', 'reference', 'teacher_logp', 'teacher_hidden', 'critic', 'teacher' (text).
+  'old_logp', 'reference', 'teacher_logp', 'teacher_hidden', 'critic', 'teacher' (text), 'solutions'
+  (given responses, which must fit their bucket).
   """
 
   plan: Callable

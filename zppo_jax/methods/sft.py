@@ -122,4 +122,4 @@ def build(c: Config) -> api.Method:
   return api.Method(
     plan=_plan(c), credit=credit, terms=(common.cross_entropy(c.aggregation),), group_size=1,
     capacity=c.num_new, explore=_reformulated(c) if kinds else api.keep_drawn,
-    extra=(api.Slots(kinds, 1, True),) if kinds else ())
+    extra=(api.Slots(kinds, 1, True),) if kinds else (), needs=frozenset({'solutions'}))
