@@ -91,10 +91,11 @@ def require(checks: Sequence[Check]) -> None:
 
 
 def model_config(spec: Spec) -> ModelConfig:
+  """Our config; blocks are written out, as in Tunix, which has no scan over layers."""
   return ModelConfig(
     vocab=spec.vocab, hidden=spec.hidden, layers=spec.layers, heads=spec.heads,
     kv_heads=spec.kv_heads, head_dim=spec.head_dim, inter=spec.inter, rope_theta=spec.rope_theta,
-    norm_eps=spec.norm_eps)
+    norm_eps=spec.norm_eps, unroll=spec.layers)
 
 
 def make_prompts(spec: Spec) -> decode.Prompts:

@@ -19,11 +19,11 @@ def get_config(arg=None):
     config[name] = shared[name]
 
   config.student = sft.get_config(preset)
-  config.student.num_steps = 350
+  config.student.num_steps = 300
   config.student.method.update(bcq_fraction=0.25, ncq_fraction=0.25, label_noise=0.6)
   config.teacher = sft.get_config(preset)
-  config.teacher.num_steps = 600
-  config.teacher.optim.decay_steps = 600
+  config.teacher.num_steps = 500
+  config.teacher.optim.decay_steps = 500
 
   config.zppo = zppo.get_config(preset)
   config.zppo.num_steps = 60
@@ -31,6 +31,6 @@ def get_config(arg=None):
   config.grpo.method.name = 'zppo_grpo_buffer'
   for stage in (config.zppo, config.grpo):
     stage.method.num_new = 24
-    stage.optim.learning_rate = 1e-3
+    stage.optim.learning_rate = 2e-4
     stage.eval.every_steps = 10
   return config

@@ -212,24 +212,22 @@ def teacher_divergence(kind: str, *, beta: float, temperature: float, chunk: int
   return term
 
 
-def _lay_over(base: types.Rollout | None, top: types.Rollout, rows: np.ndarray, here: np.ndarray):
+def _lay_over(base: types.Rollout, top: types.Rollout, rows: np.ndarray, here: np.ndarray):
   """Row rows[i] of `top` where here[i], row i of `base` elsewhere."""
   found = jax.tree.map(lambda x: x[np.where(here, rows, 0)], top)
-  if base is None:
-    return found
   return jax.tree.map(
     lambda a, b: jnp.where(here.reshape(-1, *(1,) * (a.ndim - 1)), a, b), found, base)
 
 
 def keep_groups(parts: Sequence[api.Drawn], picks: Sequence[tuple[int, int]]) -> api.Drawn:
-  """One Drawn of the picked (part, slot) groups, renumbered from 0; parts share their shapes.
+  """One Drawn of as many picked (part, slot) groups as a part has slots, renumbered from 0.
 
-  One gather per part, so that no shape depends on how many parts there are.
+  Parts share their shapes. One gather per part, so that no shape depends on how many there are.
   """
   size = parts[0].group_size
   offsets = np.cumsum([0] + [len(p.texts) for p in parts])
   rows = np.concatenate([offsets[p] + np.asarray(parts[p].rows(s)) for p, s in picks])
-  rollout = None
+  rollout = parts[0].rollout
   for begin, end, part in zip(offsets, offsets[1:], parts):
     rollout = _lay_over(rollout, part.rollout, rows - begin, (rows >= begin) & (rows < end))
   new_ids = jnp.repeat(jnp.arange(len(picks), dtype=jnp.int32), size)

@@ -1,0 +1,292 @@
+"""GRPO and its family through the real train step (../specs/grpo-baselines.md), PPO's refusals."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from fake_context import FakeContext, make_drawn, make_rollout
+
+from zppo_jax.core import types
+from zppo_jax.core.errors import UserError
+from zppo_jax.methods import api, common, grpo, table
+from zppo_jax.train import context, loop, state
+
+GROUP_RELATIVE = ['grpo', 'rloo', 'dr_grpo', 'gspo', 'cispo', 'reinforce_pp_baseline']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiles():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+class Constant:
+  """Every answer is worth the same."""
+
+  def __init__(self, value: float):
+    self.value = value
+
+  def grade(self, texts, examples):
+    _, results = tiny.CoinGrader().grade(texts, examples)
+    return np.full(len(texts), self.value, np.float32), results
+
+
+def steps(run: loop.Run, count: int = 1):
+  """(first state, [Step]) of a run."""
+  with jax.set_mesh(run.setup.mesh):
+    programs = loop.compile_programs(run)
+    now = loop.initial_state(run, programs)
+    start, taken = tiny.copy(now), []
+    for at in range(count):
+      step = tiny.take_step(run, programs, now, at)
+      now = step.after
+      taken.append(dataclasses.replace(step, after=tiny.copy(now)))
+  return start, taken
+
+
+@pytest.mark.parametrize('name', GROUP_RELATIVE + ['reinforce'])
+@pytest.mark.parametrize('value', [0.0, 1.0])
+def test_constant_rewards_leave_the_parameters_exactly_unchanged(name, value):
+  """Miniature 2 and 8: not even the weight decay moves them, and the skip is counted."""
+  start, (step,) = steps(tiny.make_run(name, grader=Constant(value), iterations=2))
+  jax.tree.map(np.testing.assert_array_equal, step.after.params, start.params)
+  jax.tree.map(np.testing.assert_array_equal, step.after.opt_state, start.opt_state)
+  assert step.after.skipped == 2 and step.after.updates == 0
+  assert step.metrics['update/skipped_frac'] == 1
+
+
+def test_constant_rewards_still_feel_a_kl_term():
+  start, (step,) = steps(tiny.make_run('grpo', grader=Constant(1.0), kl_beta=0.1))
+  assert step.after.updates == 1 and step.metrics['loss/kl'] > 0
+  assert step.metrics['loss/policy'] == 0
+  assert (step.after.params['policy'].embed != start.params['policy'].embed).any()
+
+
+@pytest.mark.parametrize('name', ['grpo', 'dapo', 'gspo'])
+def test_one_minibatch_is_reinforce(name):
+  """Miniature 4: ratios are 1, nothing is clipped, and the gradient is that of -A logp."""
+  changes = dict(iterations=1, dynamic_sampling=False, overlong_buffer=0)
+  _, (step,) = steps(tiny.make_run(name, **changes))
+  assert step.metrics['ratio/ratio_mean'] == 1 and step.metrics['ratio/approx_kl'] == 0
+  for side in ('low', 'high', 'dual'):
+    assert step.metrics[f'ratio/clip_frac_{side}'] == 0
+  aggregation = table.METHODS[name].defaults.aggregation
+  _, (plain,) = steps(tiny.make_run('grpo', surrogate='reinforce', aggregation=aggregation))
+  moments = [jax.tree.leaves(s.after.opt_state) for s in (step, plain)]
+  norm = float(optax.global_norm(moments[1]))
+  for a, b in zip(*moments):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * norm)
+  assert norm > 0
+
+
+def test_later_minibatches_leave_the_ratio_of_one():
+  """The opposite of the test above: with I = 2 the second mini-batch is off-policy."""
+  _, (step,) = steps(tiny.make_run('gspo', optim=state.Optim(learning_rate=0.1, eps=1e-2)))
+  assert step.metrics['ratio/ratio_mean'] != 1
+  assert step.metrics['ratio/clip_frac_low'] + step.metrics['ratio/clip_frac_high'] > 0
+
+
+# Dynamic sampling.
+
+
+def fill(rewards_by_draw, *, num_new=4, max_draws=10):
+  """Explore of dynamic sampling; rewards_by_draw[k][slot] are those of the k-th draw."""
+  config = grpo.Config(num_new=num_new, group_size=4, dynamic_sampling=True, max_draws=max_draws,
+                       max_tokens=8)
+  script = iter(rewards_by_draw[1:])
+
+  class Context(FakeContext):
+    def draw(self, groups, **kwargs):
+      rewards = next(script)
+      self.draws.append((groups, kwargs))
+      return make_drawn(groups, rewards, first_id=kwargs['first_id'])
+
+  ctx = Context()
+  drawn = make_drawn([api.Group(q) for q in range(num_new)], rewards_by_draw[0])
+  method = grpo.build(config)
+  return method.explore((), drawn, ctx)[1], ctx
+
+
+MIXED, RIGHT, WRONG = [1.0, 0, 0, 0], [1.0] * 4, [0.0] * 4
+
+
+def test_dynamic_sampling_draws_until_enough_groups_carry_signal():
+  parts, ctx = fill([[MIXED, RIGHT, WRONG, MIXED], [RIGHT, WRONG, MIXED, WRONG],
+                     [MIXED, MIXED, MIXED, WRONG]])
+  (part,) = parts
+  assert [g.question for g in part.groups] == [0, 3, 1002, 1004]  # exactly num_new, in order
+  assert len(ctx.draws) == 2 and part.reward.reshape(4, 4).tolist() == [MIXED] * 4
+  assert part.rollout.group_id.tolist() == np.repeat(range(4), 4).tolist()
+  assert part.rollout.traj_id.tolist() == list(range(16))
+  assert part.rollout.question_id.tolist() == np.repeat([0, 3, 1002, 1004], 4).tolist()
+  np.testing.assert_array_equal(part.rollout.reward, part.reward)
+  assert part.texts[8:12] == tuple(f'trace 1002.{i}' for i in range(4))
+  assert part.answers[12] == '10040' and bool(part.rollout.valid.all())
+
+
+def test_dynamic_sampling_needs_no_second_draw_when_all_groups_do():
+  parts, ctx = fill([[MIXED] * 4])
+  assert not ctx.draws and [g.question for g in parts[0].groups] == [0, 1, 2, 3]
+
+
+def test_dynamic_sampling_gives_up_after_max_draws():
+  with pytest.raises(ValueError, match=r'max_draws: 3 draws of 4 groups gave only 2'):
+    fill([[MIXED, RIGHT, WRONG, MIXED]] + [[RIGHT] * 4] * 5, max_draws=3)
+
+
+def test_overlong_shaping_and_filtering():
+  """0 below the buffer, linear inside, -1 at max_tokens; a cut row leaves the loss, not the group."""
+  config = grpo.Config(num_new=1, group_size=4, max_tokens=10, overlong_buffer=4,
+                       filter_overlong=True, estimator='dr_grpo')
+  rollout = make_rollout([api.Group(0)], [1, 1, 0, 0], capacity=1, group_size=4)
+  rollout = dataclasses.replace(
+    rollout, traj_tokens=jnp.asarray([6.0, 8.0, 7.0, 10.0]),
+    status=jnp.asarray([types.FINISHED, types.FINISHED, types.FINISHED, types.TRUNCATED]))
+  np.testing.assert_allclose(grpo.shaped_reward(config, rollout), [1, 0.5, -0.25, -1])
+  _, signal = grpo.build(config).credit((), rollout, types.Scores())
+  mean = (1 + 0.5 - 0.25 - 1) / 4
+  np.testing.assert_allclose(signal.advantage[:3, 2], [1 - mean, 0.5 - mean, -0.25 - mean])
+  assert not signal.mask[3].any() and signal.mask[:3].any()
+  kept = dataclasses.replace(config, filter_overlong=False)
+  assert grpo.build(kept).credit((), rollout, types.Scores())[1].mask[3].any()
+
+
+def test_remax_baseline_is_the_greedy_reward_of_the_same_question():
+  """However the rows were dealt since."""
+  config = grpo.Config(num_new=4, group_size=2, estimator='remax', surrogate='reinforce')
+  method, ctx = grpo.build(config), FakeContext(reward=lambda group, i: float(group.question == 2))
+  rewards = [[1, 0], [0, 0], [1, 0], [1, 1]]
+  drawn = make_drawn([api.Group(q) for q in range(4)], rewards)
+  baseline, (same,) = method.explore(method.init(jax.random.key(0)), drawn, ctx)
+  assert same is drawn and baseline.tolist() == [0, 0, 1, 0]
+  assert ctx.draws[0][1]['greedy'] and ctx.draws[0][1]['group_size'] == 1
+  order = np.asarray([4, 5, 0, 1, 6, 7, 2, 3])
+  dealt = jax.tree.map(lambda x: x[order], drawn.rollout)
+  _, signal = method.credit(baseline, dealt, types.Scores())
+  assert signal.advantage[:, 2].tolist() == [0, -1, 1, 0, 1, 1, 0, 0]
+
+
+def test_greedy_draws_are_deterministic_and_graded():
+  run = tiny.make_run('remax')
+  ctx = context.StepContext(run.setup, tiny.weights(1), step=0, version=0)
+  other = context.StepContext(run.setup, tiny.weights(1), step=9, version=0)  # another key
+  groups = [api.Group(q) for q in range(3)]
+  a, b = (c.draw(groups, capacity=tiny.SLOTS, group_size=1, greedy=True) for c in (ctx, other))
+  assert a.texts == b.texts and len(set(a.texts)) > 1
+
+
+# The table, the config and bad input.
+
+
+def test_kl_needs_a_reference():
+  assert 'reference' in grpo.build(grpo.Config(kl_beta=0.1)).needs
+  assert 'reference' not in grpo.build(grpo.Config()).needs  # and then it is never loaded
+  run = dataclasses.replace(tiny.make_run('grpo', kl_beta=0.1), reference=None)
+  with pytest.raises(UserError, match='reference'):
+    loop.frozen_roles(run)
+  assert loop.frozen_roles(tiny.make_run('grpo')) == ({}, {})
+
+
+def test_scores_come_only_from_roles_that_are_needed():
+  assert grpo.build(grpo.Config()).needs == frozenset()
+  assert grpo.build(grpo.Config(iterations=2)).needs == {'old_logp'}
+  assert grpo.build(grpo.Config(correction='token_tis')).needs == {'old_logp'}
+
+
+@pytest.mark.parametrize('field,changes', [
+  ('kl_kind', dict(kl_beta=0.1, kl_kind='k1')), ('kl_kind', dict(kl_kind='k4')),
+  ('kl_in_reward', dict(kl_beta=0.1, kl_in_reward=True)),
+  ('kl_beta', dict(kl_beta=-0.1)), ('entropy_weight', dict(entropy_weight=-1.0)),
+  ('group_size', dict(group_size=1)), ('group_size', dict(group_size=0, estimator='reinforce')),
+  ('num_new', dict(num_new=0)), ('iterations', dict(iterations=0)), ('max_draws', dict(max_draws=0)),
+  ('eps_low', dict(eps_low=0.0)), ('eps_low', dict(eps_low=1.0)), ('eps_high', dict(eps_high=0.0)),
+  ('dual_clip', dict(dual_clip=1.0)), ('estimator', dict(estimator='grpoo')),
+  ('surrogate', dict(surrogate='clipped')), ('aggregation', dict(aggregation='mean')),
+  ('aggregation', dict(surrogate='gspo', aggregation='seq_mean_token_sum')),
+  ('correction', dict(correction='tis')), ('norm', dict(norm='batch')),
+  ('max_tokens', dict(aggregation='seq_mean_token_sum_norm')),
+  ('max_tokens', dict(overlong_buffer=4)), ('max_tokens', dict(overlong_buffer=4, max_tokens=4)),
+])
+def test_bad_fields_are_refused_by_name(field, changes):
+  with pytest.raises(ValueError, match=rf'\b{field}\b'):
+    grpo.build(grpo.Config(**changes))
+
+
+@pytest.mark.parametrize('name,changes', [
+  ('ppo', dict(gamma=1.5)), ('ppo', dict(lam=-0.1)), ('ppo', dict(value_clip=0.0)),
+  ('ppo', dict(group_size=0)), ('ppo', dict(iterations=0)), ('ppo', dict(num_new=0)),
+  ('ppo', dict(aggregation='mean')), ('ppo', dict(eps_low=0.0)), ('ppo', dict(kl_beta=-1.0)),
+  ('distill_on', dict(source='nobody')), ('distill_on', dict(signal='loss')),
+  ('distill_on', dict(divergence='kl')), ('distill_on', dict(teacher_chunk=0)),
+  ('distill_off', dict(signal='advantage')), ('distill_on', dict(temperature=0.0)),
+  ('sft', dict(bcq_fraction=1.5)), ('sft', dict(max_wrong=0)), ('sft', dict(wording='long')),
+  ('sft', dict(aggregation='mean')), ('sft', dict(label_noise=-0.1)),
+])
+def test_bad_fields_of_other_rows_are_refused_by_name(name, changes):
+  with pytest.raises(ValueError, match=rf'\b{next(iter(changes))}\b'):
+    table.build(name, changes)
+
+
+def test_unknown_names_get_a_suggestion():
+  with pytest.raises(ValueError, match=r"method\.name: unknown 'grop', did you mean 'grpo'\?"):
+    table.build('grop', {})
+  with pytest.raises(ValueError, match=r"method\.eps_hi: grpo has no such field.*'eps_high'"):
+    table.build('grpo', dict(eps_hi=0.3))
+  with pytest.raises(ValueError, match='known:.*zppo'):
+    table.build('qqqqqqqq', {})
+
+
+def test_every_row_builds_as_published():
+  for name, row in table.METHODS.items():
+    method = table.build(name, {})
+    assert isinstance(method, api.Method) and method.terms, name
+    assert method.capacity >= row.defaults.num_new and method.iterations >= 1
+    known = {'old_logp', 'reference', 'teacher_logp', 'teacher_hidden', 'critic', 'teacher'}
+    assert method.needs <= known
+
+
+def test_published_settings_of_the_family():
+  c = {name: row.defaults for name, row in table.METHODS.items()}
+  assert (c['dapo'].eps_low, c['dapo'].eps_high, c['dapo'].aggregation) == (0.2, 0.28, 'token_mean')
+  assert (c['dapo'].max_tokens, c['dapo'].overlong_buffer) == (20480, 4096)
+  assert c['dapo'].kl_beta == 0 and c['dapo'].dynamic_sampling
+  assert (c['gspo'].eps_low, c['gspo'].eps_high) == (3e-4, 4e-4)
+  assert c['gspo'].aggregation == 'seq_mean_token_mean'
+  assert c['dr_grpo'].aggregation == 'seq_mean_token_sum_norm' and c['cispo'].weight_max == 5.0
+  assert c['grpo'].aggregation == 'seq_mean_token_mean' and c['grpo'].eps_high == 0.2
+
+
+def test_a_bad_temperature_is_refused():
+  run = tiny.make_run('grpo', iterations=2, settings=dataclasses.replace(
+    tiny.SETTINGS, temperature=0.0))
+  with pytest.raises(ValueError, match='temperature'):
+    steps(run)
+
+
+def test_a_non_finite_gradient_leaves_the_state_alone():
+  """NaN weights of the reference reach the loss; the update is dropped and reported."""
+  run = tiny.make_run('grpo', kl_beta=0.1)
+  broken = jax.tree.map(lambda x: x * jnp.nan, tiny.weights(5))
+  start, (step,) = steps(dataclasses.replace(run, reference=broken))
+  assert step.metrics['nonfinite_max'] == 1 and step.after.updates == 0
+  jax.tree.map(np.testing.assert_array_equal, step.after.params, start.params)
+
+
+# Miniature 8: a tiny transformer on addition mod 23.
+
+PRIME, PROMPT_TOKENS = 23, 4
+ADDER = dict(vocab=32, hidden=48, layers=4, heads=4, kv_heads=4, head_dim=12, inter=96,
+             rope_theta=1e4, num_valid=PRIME + 4)
+
+
+def test_trees_of_literals_are_checked():
+  """`check_choices` reads the annotation, so a new value needs no second list."""
+  with pytest.raises(ValueError, match=re.escape("surrogate must be one of ('clip', 'gspo'")):
+    common.check_choices(common.PolicyLoss(surrogate='ppo'))
+  common.check_choices(common.PolicyLoss())
