@@ -3,12 +3,13 @@
 The peer is the same model in Tunix 0.1.7, in a virtualenv of its own and a process of its own:
   python3.11 -m venv /work/venv-tunix
   /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
-A ratio is taken pair by pair in one run (ours, peer, ours, peer, ...) and is only printed when every
-check of the run has passed.
+A ratio is taken pair by pair in one run (ours, peer, peer, ours, ...) and is printed only when all
+checks of the run have passed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -123,8 +124,7 @@ def named_weights(params: Params) -> dict[str, np.ndarray]:
   block = params.blocks[0]
   return jax.tree.map(np.asarray, {
     'embed': params.embed, 'final_norm': params.final_norm, 'mixer_norm': block.mixer_norm,
-    'mlp_norm': block.mlp_norm, **{k: v for k, v in vars(block.mixer).items()},
-    **vars(block.mlp)})
+    'mlp_norm': block.mlp_norm, **vars(block.mixer), **vars(block.mlp)})
 
 
 class Peer:
@@ -143,20 +143,21 @@ class Peer:
 
   def ask(self, **request) -> dict[str, Any]:
     """Raises UserError with the end of the worker's log if it has died."""
-    try:
+    with contextlib.suppress(BrokenPipeError):
       self._process.stdin.write(json.dumps(request) + '\n')
       self._process.stdin.flush()
-    except BrokenPipeError:
-      pass
     for line in self._process.stdout:
       if line.startswith('{'):
         return json.loads(line)
     self._log.seek(0)
-    raise UserError(f'peer_python: the Tunix worker has died:\n{self._log.read()[-2000:]}')
+    end = self._log.read()[-2000:]
+    self.close()
+    raise UserError(f'peer_python: the Tunix worker has died:\n{end}')
 
   def close(self) -> None:
-    """Ends the worker and removes its files."""
-    self._process.stdin.close()
+    """Ends the worker and removes its files; a second call does nothing."""
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
     self._process.wait(timeout=30)
     self._process.stdout.close()
     self._log.close()

@@ -4,11 +4,11 @@
 The peer's virtualenv:
   python3.11 -m venv /work/venv-tunix
   /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
-Timed as 'call', ours: `decode.generate` on padded prompt ids, until tokens and log-probs are on the
-host. Tunix: `Sampler.__call__` on the prompts as strings of ids, `group` times each, until token
-lists and log-probs are back, with its tokenising, state set-up and unpadding. As 'compiled': the
-jitted programs alone (ours: generate; Tunix: prefill and decode). Both record log-probs, temperature
-1, no filters, float32, and draw exactly prompts * group * new_tokens tokens.
+Timed as 'call', ours: `decode.generate` on padded prompt ids, until tokens and log-probs are on
+the host. Tunix: `Sampler.__call__` on the prompts as strings of ids, `group` times each, until
+token lists and log-probs are back, with its tokenising, state set-up and unpadding. As 'compiled':
+the jitted programs alone (ours: generate; Tunix: prefill and decode). Both record log-probs, at
+temperature 1 without filters, in float32, and draw exactly prompts * group * new_tokens tokens.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class Ours:
     """Of the last rollout: our log-probs, and how many tokens there are."""
     rollout, spec = self.rollout, self.spec
     return [
-      common.Check('our sampler against our scorer, max |gap| in nats', gap(
-        self.config, self.params, rollout, np.asarray(rollout.behavior_logp), spec.new_tokens), GAP),
+      common.Check('our sampler against our scorer, max |gap| in nats',
+                   gap(self.config, self.params, rollout, np.asarray(rollout.behavior_logp),
+                       spec.new_tokens), GAP),
       common.Check('our tokens, missing', self.tokens() - int(np.sum(rollout.loss_mask)), 0)]
 
 
@@ -105,7 +106,7 @@ class Theirs:
     return found
 
   def checks(self) -> list[common.Check]:
-    """Of the last call: same model (our scorer finds its log-probs), same size, same token count."""
+    """Of the last call: our scorer finds its log-probs, so it is one model; equal counts."""
     ours, spec = self._ours, self._ours.spec
     with np.load(self._samples) as arrays:
       tokens, logp = arrays['tokens'], arrays['logp']

@@ -5,11 +5,11 @@ The peer's virtualenv:
   python3.11 -m venv /work/venv-tunix
   /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
 Timed, ours: the jitted, state-donating step of `train.step` (forward, GRPO loss, backward, global
-norm, clip, AdamW, metrics) on prepared parts. Tunix: the jitted step of its RL trainer with its GRPO
-loss, from `jit_train_and_eval_step` with the cached graph, as its own loop calls it; the same work.
-Outside on both sides: sampling, rewards, advantages. Neither has a reference or an old-log-prob pass
-(no KL, one iteration, so old = stop_gradient(new) on both). One mini-batch of all rows, float32, no
-remat. 'call' and 'compiled' are one call of the step; Tunix's includes its nnx bookkeeping.
+norm, clip, AdamW, metrics) on prepared parts. Tunix: the jitted step of its RL trainer with its
+GRPO loss, from `jit_train_and_eval_step` with the cached graph, as its own loop calls it; the same
+work. Outside on both sides: sampling, rewards, advantages. Neither has a reference or an
+old-log-prob pass (no KL, one iteration, so old = stop_gradient(new) on both). One mini-batch of all
+rows, float32, no remat. 'call' and 'compiled' are both one call of the step, until it is done.
 Tokens: prompt and response, without padding.
 """
 

@@ -1,7 +1,6 @@
 """GRPO and its family through the real train step (../specs/grpo-baselines.md), PPO's refusals."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,13 @@ from fake_context import FakeContext, make_drawn, make_rollout
 
 from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
-from zppo_jax.methods import api, common, grpo, table
-from zppo_jax.train import context, loop, state
+from zppo_jax.data import batches
+from zppo_jax.methods import api, grpo, sft, table
+from zppo_jax.models.config import ModelConfig
+from zppo_jax.rewards.verifiers import VerifyResult
+from zppo_jax.sampling import decode
+from zppo_jax.train import context, loop, state, step
+from zppo_jax.train import run as run_lib
 
 GROUP_RELATIVE = ['grpo', 'rloo', 'dr_grpo', 'gspo', 'cispo', 'reinforce_pp_baseline']
 
@@ -37,16 +41,16 @@ class Constant:
     return np.full(len(texts), self.value, np.float32), results
 
 
-def steps(run: loop.Run, count: int = 1):
+def run_steps(run: run_lib.Run, count: int = 1):
   """(first state, [Step]) of a run."""
   with jax.set_mesh(run.setup.mesh):
-    programs = loop.compile_programs(run)
-    now = loop.initial_state(run, programs)
+    programs = run_lib.compile_programs(run)
+    now = run_lib.initial_state(run, programs)
     start, taken = tiny.copy(now), []
     for at in range(count):
-      step = tiny.take_step(run, programs, now, at)
-      now = step.after
-      taken.append(dataclasses.replace(step, after=tiny.copy(now)))
+      made = tiny.take_step(run, programs, now, at)
+      now = made.after
+      taken.append(dataclasses.replace(made, after=tiny.copy(now)))
   return start, taken
 
 
@@ -54,31 +58,31 @@ def steps(run: loop.Run, count: int = 1):
 @pytest.mark.parametrize('value', [0.0, 1.0])
 def test_constant_rewards_leave_the_parameters_exactly_unchanged(name, value):
   """Miniature 2 and 8: not even the weight decay moves them, and the skip is counted."""
-  start, (step,) = steps(tiny.make_run(name, grader=Constant(value), iterations=2))
-  jax.tree.map(np.testing.assert_array_equal, step.after.params, start.params)
-  jax.tree.map(np.testing.assert_array_equal, step.after.opt_state, start.opt_state)
-  assert step.after.skipped == 2 and step.after.updates == 0
-  assert step.metrics['update/skipped_frac'] == 1
+  start, (made,) = run_steps(tiny.make_run(name, grader=Constant(value), iterations=2))
+  jax.tree.map(np.testing.assert_array_equal, made.after.params, start.params)
+  jax.tree.map(np.testing.assert_array_equal, made.after.opt_state, start.opt_state)
+  assert made.after.skipped == 2 and made.after.updates == 0
+  assert made.metrics['update/skipped_frac'] == 1
 
 
 def test_constant_rewards_still_feel_a_kl_term():
-  start, (step,) = steps(tiny.make_run('grpo', grader=Constant(1.0), kl_beta=0.1))
-  assert step.after.updates == 1 and step.metrics['loss/kl'] > 0
-  assert step.metrics['loss/policy'] == 0
-  assert (step.after.params['policy'].embed != start.params['policy'].embed).any()
+  start, (made,) = run_steps(tiny.make_run('grpo', grader=Constant(1.0), kl_beta=0.1))
+  assert made.after.updates == 1 and made.metrics['loss/kl'] > 0
+  assert made.metrics['loss/policy'] == 0
+  assert (made.after.params['policy'].embed != start.params['policy'].embed).any()
 
 
 @pytest.mark.parametrize('name', ['grpo', 'dapo', 'gspo'])
 def test_one_minibatch_is_reinforce(name):
   """Miniature 4: ratios are 1, nothing is clipped, and the gradient is that of -A logp."""
   changes = dict(iterations=1, dynamic_sampling=False, overlong_buffer=0)
-  _, (step,) = steps(tiny.make_run(name, **changes))
-  assert step.metrics['ratio/ratio_mean'] == 1 and step.metrics['ratio/approx_kl'] == 0
+  _, (made,) = run_steps(tiny.make_run(name, **changes))
+  assert made.metrics['ratio/ratio_mean'] == 1 and made.metrics['ratio/approx_kl'] == 0
   for side in ('low', 'high', 'dual'):
-    assert step.metrics[f'ratio/clip_frac_{side}'] == 0
+    assert made.metrics[f'ratio/clip_frac_{side}'] == 0
   aggregation = table.METHODS[name].defaults.aggregation
-  _, (plain,) = steps(tiny.make_run('grpo', surrogate='reinforce', aggregation=aggregation))
-  moments = [jax.tree.leaves(s.after.opt_state) for s in (step, plain)]
+  _, (plain,) = run_steps(tiny.make_run('grpo', surrogate='reinforce', aggregation=aggregation))
+  moments = [jax.tree.leaves(s.after.opt_state) for s in (made, plain)]
   norm = float(optax.global_norm(moments[1]))
   for a, b in zip(*moments):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * norm)
@@ -87,9 +91,9 @@ def test_one_minibatch_is_reinforce(name):
 
 def test_later_minibatches_leave_the_ratio_of_one():
   """The opposite of the test above: with I = 2 the second mini-batch is off-policy."""
-  _, (step,) = steps(tiny.make_run('gspo', optim=state.Optim(learning_rate=0.1, eps=1e-2)))
-  assert step.metrics['ratio/ratio_mean'] != 1
-  assert step.metrics['ratio/clip_frac_low'] + step.metrics['ratio/clip_frac_high'] > 0
+  _, (made,) = run_steps(tiny.make_run('gspo', optim=state.Optim(learning_rate=0.1, eps=1e-2)))
+  assert made.metrics['ratio/ratio_mean'] != 1
+  assert made.metrics['ratio/clip_frac_low'] + made.metrics['ratio/clip_frac_high'] > 0
 
 
 # Dynamic sampling.
@@ -141,7 +145,7 @@ def test_dynamic_sampling_gives_up_after_max_draws():
 
 
 def test_overlong_shaping_and_filtering():
-  """0 below the buffer, linear inside, -1 at max_tokens; a cut row leaves the loss, not the group."""
+  """0 below the buffer, linear inside, -1 at the cap; a cut row leaves the loss, not the group."""
   config = grpo.Config(num_new=1, group_size=4, max_tokens=10, overlong_buffer=4,
                        filter_overlong=True, estimator='dr_grpo')
   rollout = make_rollout([api.Group(0)], [1, 1, 0, 0], capacity=1, group_size=4)
@@ -189,8 +193,8 @@ def test_kl_needs_a_reference():
   assert 'reference' not in grpo.build(grpo.Config()).needs  # and then it is never loaded
   run = dataclasses.replace(tiny.make_run('grpo', kl_beta=0.1), reference=None)
   with pytest.raises(UserError, match='reference'):
-    loop.frozen_roles(run)
-  assert loop.frozen_roles(tiny.make_run('grpo')) == ({}, {})
+    run_lib.frozen_roles(run)
+  assert run_lib.frozen_roles(tiny.make_run('grpo')) == ({}, {})
 
 
 def test_scores_come_only_from_roles_that_are_needed():
@@ -203,9 +207,12 @@ def test_scores_come_only_from_roles_that_are_needed():
   ('kl_kind', dict(kl_beta=0.1, kl_kind='k1')), ('kl_kind', dict(kl_kind='k4')),
   ('kl_in_reward', dict(kl_beta=0.1, kl_in_reward=True)),
   ('kl_beta', dict(kl_beta=-0.1)), ('entropy_weight', dict(entropy_weight=-1.0)),
-  ('group_size', dict(group_size=1)), ('group_size', dict(group_size=0, estimator='reinforce')),
-  ('num_new', dict(num_new=0)), ('iterations', dict(iterations=0)), ('max_draws', dict(max_draws=0)),
-  ('eps_low', dict(eps_low=0.0)), ('eps_low', dict(eps_low=1.0)), ('eps_high', dict(eps_high=0.0)),
+  ('group_size', dict(group_size=1)),
+  ('group_size', dict(group_size=0, estimator='reinforce')),
+  ('num_new', dict(num_new=0)), ('iterations', dict(iterations=0)),
+  ('max_draws', dict(max_draws=0)),
+  ('eps_low', dict(eps_low=0.0)), ('eps_low', dict(eps_low=1.0)),
+  ('eps_high', dict(eps_high=0.0)),
   ('dual_clip', dict(dual_clip=1.0)), ('estimator', dict(estimator='grpoo')),
   ('surrogate', dict(surrogate='clipped')), ('aggregation', dict(aggregation='mean')),
   ('aggregation', dict(surrogate='gspo', aggregation='seq_mean_token_sum')),
@@ -266,27 +273,98 @@ def test_a_bad_temperature_is_refused():
   run = tiny.make_run('grpo', iterations=2, settings=dataclasses.replace(
     tiny.SETTINGS, temperature=0.0))
   with pytest.raises(ValueError, match='temperature'):
-    steps(run)
+    run_steps(run)
 
 
 def test_a_non_finite_gradient_leaves_the_state_alone():
   """NaN weights of the reference reach the loss; the update is dropped and reported."""
   run = tiny.make_run('grpo', kl_beta=0.1)
   broken = jax.tree.map(lambda x: x * jnp.nan, tiny.weights(5))
-  start, (step,) = steps(dataclasses.replace(run, reference=broken))
-  assert step.metrics['nonfinite_max'] == 1 and step.after.updates == 0
-  jax.tree.map(np.testing.assert_array_equal, step.after.params, start.params)
+  start, (made,) = run_steps(dataclasses.replace(run, reference=broken))
+  assert made.metrics['nonfinite_max'] == 1 and made.after.updates == 0
+  jax.tree.map(np.testing.assert_array_equal, made.after.params, start.params)
 
 
-# Miniature 8: a tiny transformer on addition mod 23.
+# Miniature 8: a tiny transformer on addition modulo a prime, one letter per number.
 
-PRIME, PROMPT_TOKENS = 23, 4
-ADDER = dict(vocab=32, hidden=48, layers=4, heads=4, kv_heads=4, head_dim=12, inter=96,
-             rope_theta=1e4, num_valid=PRIME + 4)
+LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVW'
 
 
-def test_trees_of_literals_are_checked():
-  """`check_choices` reads the annotation, so a new value needs no second list."""
-  with pytest.raises(ValueError, match=re.escape("surrogate must be one of ('clip', 'gspo'")):
-    common.check_choices(common.PolicyLoss(surrogate='ppo'))
-  common.check_choices(common.PolicyLoss())
+class Addition:
+  """All pairs a, b modulo a prime."""
+
+  def __init__(self, prime: int):
+    self.prime = prime
+
+  def __len__(self):
+    return self.prime**2
+
+  def __getitem__(self, row):
+    a, b = divmod(row, self.prime)
+    question = types.Message('user', LETTERS[a] + LETTERS[b])
+    return types.Example(f'{a}+{b}', (question,), LETTERS[(a + b) % self.prime])
+
+
+class Exact:
+  def grade(self, texts, examples):
+    right = [float(t == e.answer) for t, e in zip(texts, examples)]
+    return np.asarray(right, np.float32), [VerifyResult(r, t, '') for r, t in zip(right, texts)]
+
+
+def noisy_labels(prime: int, noise: float, num_new: int) -> api.Method:
+  """Supervised, with a fresh uniform letter in place of a label now and then."""
+
+  def plan(state, batch, ctx):
+    groups = []
+    for question in map(int, batch):
+      rng = ctx.rng('noise', question)
+      wrong = LETTERS[rng.integers(prime)]
+      label = wrong if rng.random() < noise else ctx.example(question).answer
+      groups.append(api.Group(question, response=ctx.encode(label)))
+    return state, groups
+
+  return dataclasses.replace(sft.build(sft.Config(num_new=num_new)), plan=plan)
+
+
+def addition_run(prime, method, *, learning_rate, seed, grader=None, warm=None) -> run_lib.Run:
+  size = tiny.tokenizer().vocab_size
+  model = ModelConfig(vocab=size, hidden=48, layers=4, heads=4, kv_heads=4, head_dim=12, inter=128,
+                      rope_theta=1e4)
+  source = Addition(prime)
+  questions = context.Questions(source, tiny.tokenizer(), 'plain')
+  setup = context.Setup(
+    model=model, questions=questions, grader=grader or Exact(), group_size=method.group_size,
+    sampling=decode.Settings(max_new_tokens=2, eos_ids=(questions.stop_id,)), prompt_tokens=3,
+    reformulated_tokens=3, seed=seed, mesh=tiny.mesh())
+  optim = state.Optim(learning_rate=learning_rate, weight_decay=0.0)
+  return run_lib.Run(
+    setup=setup, method=method, optimizer=state.make_optimizer(optim),
+    learning_rate=state.schedule(learning_rate, optim), step_settings=step.StepSettings(window=2), settings=run_lib.LoopSettings(1, dump_every=0),
+    stream=batches.prompt_stream(source, batch_size=method.capacity, seed=seed), workdir='',
+    warm_start=warm, progress=False)
+
+
+def train(run: run_lib.Run, count: int):
+  """(policy weights, mean reward of each step)."""
+  rewards = []
+  with jax.set_mesh(run.setup.mesh):
+    programs = run_lib.compile_programs(run)
+    now = run_lib.initial_state(run, programs)
+    for at in range(count):
+      method_state, item = loop.sample(run, now.params['policy'], now.method, at, now.version,
+                                       context.no_timer)
+      _, parts = programs.prepare(now.params, method_state, item.rollouts,
+                                  tiny.minibatch_key(run, at), programs.roles, item.group_sizes)
+      now, _ = programs.update(now, parts, programs.roles)
+      rewards.append(item.metrics['reward/mean'])
+  return tiny.copy(now.params['policy']), rewards
+
+
+def learns_addition(prime: int, *, warm_steps: int, noise: float, steps: int, num_new: int,
+                    seed: int):
+  """(mean reward of the first ten steps, of the last ten)."""
+  warm, _ = train(addition_run(prime, noisy_labels(prime, noise, 256), learning_rate=2e-3,
+                               seed=seed), warm_steps)
+  method = table.build('grpo', dict(num_new=num_new, group_size=8, iterations=4))
+  _, rewards = train(addition_run(prime, method, learning_rate=3e-4, seed=seed, warm=warm), steps)
+  return np.mean(rewards[:10]), np.mean(rewards[-10:])

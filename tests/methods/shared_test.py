@@ -18,7 +18,8 @@ import tiny
 from zppo_jax.core import masks, trees, types
 from zppo_jax.mesh import place
 from zppo_jax.methods import table
-from zppo_jax.train import checkpoint, compiles, loop, prepare, state, step
+from zppo_jax.train import checkpoint, compiles, prepare, state, step
+from zppo_jax.train import run as run_lib
 
 # Switches that no row of the table has on: the optional streams of a signal.
 SWITCHES = {
@@ -43,7 +44,7 @@ def quick_compiles():
   _compiled.cache_clear()
 
 
-def make_run(name: str, **kwargs) -> loop.Run:
+def make_run(name: str, **kwargs) -> run_lib.Run:
   return tiny.make_run(name.split('+')[0], **SWITCHES.get(name, {}), **kwargs)
 
 
@@ -54,8 +55,8 @@ class Trial:
     self.run, self._programs = make_run(name), {}
     steps, self.compile_counts = [], []
     with jax.set_mesh(self.run.setup.mesh):
-      self.programs = loop.compile_programs(self.run)
-      now = loop.initial_state(self.run, self.programs)
+      self.programs = run_lib.compile_programs(self.run)
+      now = run_lib.initial_state(self.run, self.programs)
       start = tiny.copy(now.params)
       for at in range(3):
         taken = tiny.take_step(self.run, self.programs, now, at)
@@ -75,7 +76,7 @@ class Trial:
       settings = dataclasses.replace(tiny.SETTINGS, micro_batches=micro_batches)
       run = dataclasses.replace(self.run, step_settings=settings)
       with jax.set_mesh(run.setup.mesh):
-        self._programs[micro_batches] = compile_once(loop.compile_programs(run).update, *args)
+        self._programs[micro_batches] = compile_once(run_lib.compile_programs(run).update, *args)
     after, metrics = self._programs[micro_batches](*args)
     return gradients(tiny.copy(after)), tiny.copy(metrics)
 
@@ -342,7 +343,7 @@ def test_group_order_changes_no_advantage(name):
 def _on_eight(name: str, t: Trial):
   """(run, programs, state before) on a mesh of rows, parameters and heads."""
   run = make_run(name, shape=WIDE)
-  programs = loop.compile_programs(run)
+  programs = run_lib.compile_programs(run)
   before = state.put(t.before, tiny.model(), run.method, run.setup.mesh)
   assert len(before.params['policy'].embed.sharding.device_set) == 8
   return run, programs, before
@@ -401,11 +402,11 @@ def test_docstring_names_its_source(name):
   assert re.search(r'\b\d{4}\.\d{5}\b', docs)
 
 
-def _two_steps(run: loop.Run):
+def _two_steps(run: run_lib.Run):
   """Parameters and metrics after two steps."""
   with jax.set_mesh(run.setup.mesh):
-    programs = loop.compile_programs(run)
-    now, metrics = loop.initial_state(run, programs), []
+    programs = run_lib.compile_programs(run)
+    now, metrics = run_lib.initial_state(run, programs), []
     for at in range(2):
       taken = tiny.take_step(run, programs, now, at)
       now = taken.after
@@ -427,12 +428,12 @@ def test_zppo_without_its_switches_is_its_baseline_bit_for_bit():
     chex.assert_trees_all_equal(off[0], other[0])
 
 
-def _first_update(name: str, run: loop.Run | None = None, **changes):
+def _first_update(name: str, run: run_lib.Run | None = None, **changes):
   """Moments after one step with one mini-batch, where every ratio is 1."""
   run = run or tiny.make_run(name, iterations=1, **changes)
   with jax.set_mesh(run.setup.mesh):
-    programs = loop.compile_programs(run)
-    now = loop.initial_state(run, programs)
+    programs = run_lib.compile_programs(run)
+    now = run_lib.initial_state(run, programs)
     if 'critic' in now.params:
       silent = jax.tree.map(jnp.zeros_like, now.params['critic'])
       now = dataclasses.replace(now, params=now.params | {'critic': silent})

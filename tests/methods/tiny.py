@@ -115,11 +115,11 @@ def setup(method, on, *, grader=None, seed=0, **changes) -> context.Setup:
 
 
 def make_run(name: str, *, shape=None, grader=None, optim=OPTIM, settings=SETTINGS, method=None,
-             **changes) -> loop.Run:
+             **changes) -> run_lib.Run:
   """The run of a row at tiny size; `changes` are method fields."""
   fields = overrides(name, **changes)
   method = method or table.build(name, fields)
-  return loop.Run(
+  return run_lib.Run(
     setup=setup(method, mesh(shape), grader=grader), method=method,
     optimizer=state.make_optimizer(optim), learning_rate=state.schedule(optim.learning_rate, optim),
     step_settings=settings,
@@ -145,11 +145,11 @@ class Step:
   metrics: dict
 
 
-def minibatch_key(run: loop.Run, at: int):
+def minibatch_key(run: run_lib.Run, at: int):
   return rng.fold(jax.random.key(run.setup.seed), at, 'minibatches')
 
 
-def take_step(run: loop.Run, programs: loop.Programs, train_state, at: int) -> Step:
+def take_step(run: run_lib.Run, programs: run_lib.Programs, train_state, at: int) -> Step:
   """Plan, draw, explore, score, credit, update, absorb: as `loop.train` does it."""
   method_state, item = loop.sample(run, train_state.params['policy'], train_state.method, at,
                                    train_state.version, context.no_timer)

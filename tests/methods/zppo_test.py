@@ -17,7 +17,8 @@ from zppo_jax.methods import api, guidance, second_phase, table, zppo
 from zppo_jax.methods import reformulate as text
 from zppo_jax.models import decoder
 from zppo_jax.replay import prompts as prompt_buffer
-from zppo_jax.train import context, loop, prepare
+from zppo_jax.train import context, prepare
+from zppo_jax.train import run as run_lib
 
 BCQ, NCQ = zppo.BCQ, zppo.NCQ
 RIGHT_OF_8 = {0: 0, 1: 1, 2: 3, 3: 4, 4: 5, 5: 6, 6: 7, 7: 8, 8: 0, 9: 5}  # the worked example
@@ -476,7 +477,7 @@ def test_old_logp_of_a_teacher_response_is_the_students():
   given = ctx.draw([api.Group(drawn.groups[2].question, response=tuple(right.tolist()))],
                    capacity=tiny.SLOTS, group_size=1)
   part = guidance._replace_rows(drawn, given, [9])
-  programs = loop.compile_programs(run)
+  programs = run_lib.compile_programs(run)
   params = {'policy': tiny.weights(1)}
   _, (out,) = programs.prepare(params, (), (part.rollout,), jax.random.key(0), programs.roles, (4,))
   out = tiny.copy(out)
