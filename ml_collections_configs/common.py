@@ -81,10 +81,10 @@ def base(preset):
   c.optim = dict(learning_rate=3e-4 if tiny else 1e-6, critic_learning_rate=1e-3 if tiny else 1e-5,
                  warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.999, eps=1e-8,
                  weight_decay=0.1, clip_norm=1.0)
-  c.train = dict(micro_batches=1, chunk=4096)
+  c.train = dict(micro_batches=1, chunk=4096, share_prompts=True)
   c.mesh = dict(data=1, fsdp=-1, expert=1, context=1, tensor=1)
   if preset == 'pod':  # 64 chips; chunk counts positions of the response, for all rows at once
-    c.train = dict(micro_batches=12, chunk=256)
+    c.train = dict(micro_batches=12, chunk=256, share_prompts=False)  # groups span chips
     c.mesh.tensor = 4
   c.eval = dict(every_steps=0 if tiny else 20, num_questions=256 if tiny else 512, chunk=128,
                 samples=1, temperature=1.0 if tiny else 0.6, top_k=0 if tiny else 20,

@@ -339,7 +339,8 @@ def addition_run(prime, method, *, learning_rate, seed, grader=None, warm=None) 
   optim = state.Optim(learning_rate=learning_rate, weight_decay=0.0)
   return run_lib.Run(
     setup=setup, method=method, optimizer=state.make_optimizer(optim),
-    learning_rate=state.schedule(learning_rate, optim), step_settings=step.StepSettings(window=2), settings=run_lib.LoopSettings(1, dump_every=0),
+    learning_rate=state.schedule(learning_rate, optim),
+    step_settings=step.StepSettings(window=2), settings=run_lib.LoopSettings(1, dump_every=0),
     stream=batches.prompt_stream(source, batch_size=method.capacity, seed=seed), workdir='',
     warm_start=warm, progress=False)
 
@@ -356,7 +357,7 @@ def train(run: run_lib.Run, count: int):
       _, parts = programs.prepare(now.params, method_state, item.rollouts,
                                   tiny.minibatch_key(run, at), programs.roles, item.group_sizes)
       now, _ = programs.update(now, parts, programs.roles)
-      rewards.append(item.metrics['reward/mean'])
+      rewards.append(item.metrics.get('reward/mean', 0.0))
   return tiny.copy(now.params['policy']), rewards
 
 

@@ -129,7 +129,8 @@ def test_counts_and_shardings_come_from_one_tree(params):
   shardings = params_lib.shardings(params_lib.abstract(CONFIG), mesh)
   sharded = jax.jit(lambda k: models.init(CONFIG, k), out_shardings=shardings)(jax.random.key(0))
   assert sharded.blocks[0].mlp.gate.sharding.shard_shape((3, 32, 48)) == (3, 16, 24)
-  jax.tree.map(np.testing.assert_array_equal, sharded, params)
+  # Equal draws; scaling may round differently where it is fused: one unit in the last place.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-7), sharded, params)
 
 
 def test_tensor_parallel_forward_equals_one_device(params, tokens):

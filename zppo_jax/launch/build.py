@@ -148,7 +148,8 @@ def loop_settings(config: Any) -> run.LoopSettings:
 def step_settings(config: Any) -> step.StepSettings:
   return step.StepSettings(window=config.rollout.max_new_tokens,
                            temperature=config.rollout.temperature,
-                           micro_batches=config.train.micro_batches, chunk=config.train.chunk)
+                           micro_batches=config.train.micro_batches, chunk=config.train.chunk,
+                           share_prompts=config.train.share_prompts)
 
 
 def longest(questions: Questions, limit: int = TOKENIZER_TEXTS) -> tuple[int, int, int, int]:

@@ -14,25 +14,43 @@ from zppo_jax.models.config import ModelConfig
 class KeyValue:
   """Keys (rotated) and values of softmax attention."""
 
-  key: types.Array  # [R, B, S, KV, K]
-  value: types.Array  # [R, B, S, KV, K]
+  key: types.Array  # [R, B, KV, S, K]
+  value: types.Array  # [R, B, KV, S, K]
+
+
+@types.record
+class Prefix:
+  """What the rows of a group have in common, kept once per group: P prompts of at most L tokens.
+
+  The rows that follow it stand group by group, B = P * G.
+  """
+
+  layers: tuple[KeyValue, ...]  # [R, P, KV, L, K]
+  length: types.Array  # i32[P]
 
 
 @types.record
 class Cache:
-  """One entry of `layers` per entry of config.mixers, each stacked over config.repeats."""
+  """One entry of `layers` per entry of config.mixers, each stacked over config.repeats.
 
-  layers: tuple[KeyValue, ...]
-  length: types.Array  # i32[B], tokens held by each row
+  A split cache has an entry of `layers` per repeat, each a tuple over config.mixers without the
+  axis R, and a scalar `length`: all rows are equally long, so one slice is written instead of a
+  scatter. It goes with `decoder.split_blocks` and a split prefix: blocks run one by one, and no
+  weight or key is copied out of a stack.
+  """
+
+  layers: tuple
+  length: types.Array  # i32[B] or i32[], tokens held by each row beyond a prefix
+  split: bool = types.static(default=False)
 
 
 def _key_value(config: ModelConfig, rows: int, size: int) -> KeyValue:
-  shape = (config.repeats, rows, size, config.kv_heads, config.head_dim)
+  shape = (config.repeats, rows, config.kv_heads, size, config.head_dim)
   return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
 MIXER_CACHES = {'full': _key_value}
-KV_AXES = ('layers', 'batch', None, 'kv_heads', 'head_dim')
+KV_AXES = ('layers', 'batch', 'kv_heads', None, 'head_dim')
 
 
 def init(config: ModelConfig, rows: int, size: int) -> Cache:
@@ -41,15 +59,21 @@ def init(config: ModelConfig, rows: int, size: int) -> Cache:
   return Cache(layers, jnp.zeros((rows,), jnp.int32))
 
 
-def repeat_rows(cache: Cache, times: int) -> Cache:
-  """Each row `times` times in a row: one prefill serves all samples of a group."""
-  layers = jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), cache.layers)
-  return Cache(layers, jnp.repeat(cache.length, times))
+def split(config: ModelConfig, rows: int, size: int) -> Cache:
+  """Empty split cache."""
+  layers = init(config, rows, size).layers
+  return Cache(unstack(layers, config.repeats), jnp.int32(0), split=True)
 
 
-def grow(cache: Cache, size: int) -> Cache:
-  """Room for `size` tokens per row."""
-  def pad(x):
-    return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0), (0, 0)))
+def as_prefix(prompts: Cache) -> Prefix:
+  return Prefix(prompts.layers, prompts.length)
 
-  return Cache(jax.tree.map(pad, cache.layers), cache.length)
+
+def split_prefix(config: ModelConfig, prefix: Prefix) -> Prefix:
+  """A prefix for a split cache."""
+  return Prefix(unstack(prefix.layers, config.repeats), prefix.length)
+
+
+def unstack(tree, count: int) -> tuple:
+  """Trees of the `count` entries of the leading axis."""
+  return tuple(jax.tree.map(lambda x, r=r: x[r], tree) for r in range(count))

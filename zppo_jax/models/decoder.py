@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 
 from zppo_jax.core import masks, types
 from zppo_jax.mesh import axes
+from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import layers
-from zppo_jax.models.cache import Cache
+from zppo_jax.models.cache import Cache, Prefix
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.mixers import MIXERS, Place
 from zppo_jax.models.params import Params
@@ -63,17 +65,19 @@ def _hook(config: ModelConfig, kind: str, slot: int, repeat, x: Array, edits: Se
   return x
 
 
-def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, taps, edits):
+def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, prefix, taps,
+            edits):
   """Scans the repeated blocks; returns (x, cache layers, {(kind, slot): [R, B, T, D]})."""
   wanted = {parse_tap(config, t)[0] for t in taps}
 
   def body(carry, scanned):
     x, held = carry
-    blocks, repeat = scanned
+    blocks, repeat, shared, layer = scanned
     held, seen = list(held), {}
-    for slot, (block, mixer) in enumerate(zip(blocks, config.mixers)):
+    for slot, (block, mixer, prefix) in enumerate(zip(blocks, config.mixers, shared)):
       normed = layers.rms_norm(x, block.mixer_norm, config.norm_eps)
-      mixed, held[slot] = MIXERS[mixer](config, block.mixer, normed, place, held[slot], repeat)
+      mixed, held[slot] = MIXERS[mixer](config, block.mixer, normed, place, held[slot], layer,
+                                        prefix)
       mixed = _hook(config, 'mixer', slot, repeat, mixed, edits)
       x = x + mixed
       normed = layers.rms_norm(x, block.mlp_norm, config.norm_eps)
@@ -86,37 +90,62 @@ def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, 
 
   if config.remat:
     body = jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
-  held = cache.layers if cache is not None else (None,) * len(config.mixers)
-  return jax.lax.scan(body, (x, held), (params.blocks, jnp.arange(config.repeats)),
+  none = (None,) * len(config.mixers)
+  held = none if cache is None else cache.layers
+  shared = none if prefix is None else prefix.layers
+  if cache is not None and cache.split:
+    return _one_by_one(body, x, held, params.blocks, shared)
+  index = jnp.arange(config.repeats)
+  return jax.lax.scan(body, (x, held), (params.blocks, index, shared, index),
                       unroll=config.unroll)
+
+
+def split_blocks(config: ModelConfig, params: Params) -> Params:
+  """Parameters for a split cache: the blocks of each repeat by themselves."""
+  return dataclasses.replace(params, blocks=cache_lib.unstack(params.blocks, config.repeats))
+
+
+def _one_by_one(body, x: Array, held, blocks, prefix):
+  """The scan of _blocks over a split cache, written out."""
+  out, seen = [], []
+  for r, scanned in enumerate(zip(held, blocks, prefix)):
+    (x, cache), found = body((x, scanned[0]), (scanned[1], r, scanned[2], None))
+    out.append(cache)
+    seen.append(found)
+  return (x, tuple(out)), jax.tree.map(lambda *a: jnp.stack(a), *seen)
 
 
 def forward(config: ModelConfig, params: Params, tokens: Array, *, positions: Array | None = None,
             segment_ids: Array | None = None, cache: Cache | None = None,
-            taps: Sequence[str] = (), edits: Sequence[Edit] = (),
+            prefix: Prefix | None = None, taps: Sequence[str] = (),
+            edits: Sequence[Edit] = (),
             want: Literal['logits', 'hidden'] = 'logits') -> Output:
   """Runs the decoder on tokens i32[B, T].
 
   Without a cache, tokens attend causally inside equal segment ids (0 = padding). With a cache, row
   b is appended after its cache.length[b] tokens; its padding (segment 0) must be a suffix and does
-  not lengthen the row. `taps` names states to return ('residual.2', 'mixer.0', 'mlp.1'), `edits`
-  are (name, function) pairs applied there.
+  not lengthen the row. With a prefix, every token also sees the prompt of its group. `taps` names
+  states to return ('residual.2', 'mixer.0', 'mlp.1'), `edits` are (name, function) pairs applied
+  there.
   """
   if segment_ids is None:
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
   start = jnp.zeros(tokens.shape[0], jnp.int32) if cache is None else cache.length
   if positions is None:
-    if cache is None:
-      positions = masks.positions_in_segments(segment_ids)
-    else:
-      positions = start[:, None] + jnp.arange(tokens.shape[1])[None]
+    positions = (masks.positions_in_segments(segment_ids) if cache is None else
+                 jnp.broadcast_to(start, tokens.shape[:1])[:, None] + jnp.arange(tokens.shape[1]))
+    if prefix is not None:
+      group = tokens.shape[0] // prefix.length.shape[0]
+      positions += jnp.repeat(prefix.length, group)[:, None]
   x = jnp.take(params.embed, tokens, axis=0).astype(config.dtype)
   x = axes.constrain(x, 'batch', 'length', None)
-  (x, held), seen = _blocks(config, params, x, Place(positions, segment_ids, start), cache, taps,
-                            edits)
+  place = Place(positions, segment_ids, start, None if prefix is None else prefix.length)
+  (x, held), seen = _blocks(config, params, x, place, cache, prefix, taps, edits)
   hidden = layers.rms_norm(x, params.final_norm, config.norm_eps)
   if cache is not None:
-    cache = Cache(held, cache.length + jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
+    added = (tokens.shape[1] if start.ndim == 0 else
+             jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
+    cache = Cache(held, start + added, cache.split)
   found = {}
   for name in taps:
     kind, layer = parse_tap(config, name)

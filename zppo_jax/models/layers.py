@@ -29,40 +29,83 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
 def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
   """(silu(x gate) * (x up)) down."""
   dtype = x.dtype
-  return (jax.nn.silu(x @ gate.astype(dtype)) * (x @ up.astype(dtype))) @ down.astype(dtype)
+  flat = x.reshape(-1, x.shape[-1])  # XLA's CPU backward of a batched product is twice as slow
+  wide = jax.nn.silu(flat @ gate.astype(dtype)) * (flat @ up.astype(dtype))
+  return (wide @ down.astype(dtype)).reshape(x.shape)
 
 
-def _attend_block(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  # 'bgths' is the order in which the product comes out: any other costs a copy of all scores.
-  scores = jnp.einsum('btghk,bsgk->bgths', query, key, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, :, None], scores / math.sqrt(query.shape[-1]), -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  return jnp.einsum('bgths,bsgk->btghk', weights, value)
+def _scores(query: Array, key: Array) -> Array:
+  """query [B, KV, M, T, K], key [B, KV, S, K] -> f32[B, KV, M, T, S]."""
+  batch, groups, per_group, length, size = query.shape
+  flat = query.reshape(batch, groups, per_group * length, size)
+  scores = jnp.einsum('bgik,bgsk->bgis', flat, key, preferred_element_type=jnp.float32)
+  return scores.reshape(batch, groups, per_group, length, -1)
 
 
-def attend(query: Array, key: Array, value: Array, mask_of, *, query_chunk: int) -> Array:
-  """Grouped-query softmax attention; query [B, T, H, K], key and value [B, S, KV, K] -> [B, T, H,
-  K].
+def _mix(weights: Array, value: Array) -> Array:
+  """weights [B, KV, M, T, S], value [B, KV, S, K] -> [B, KV, M, T, K]."""
+  batch, groups, per_group, length, keys = weights.shape
+  flat = weights.astype(value.dtype).reshape(batch, groups, per_group * length, keys)
+  out = jnp.einsum('bgis,bgsk->bgik', flat, value)
+  return out.reshape(batch, groups, per_group, length, -1)
+
+
+def _by_group(x: Array, groups: int) -> Array:
+  """[P * G, KV, M, T, K] -> [P, KV, G * M, T, K]: one product serves all rows of a group."""
+  rows, heads, per_group, length, size = x.shape
+  x = x.reshape(groups, rows // groups, heads, per_group, length, size)
+  return jnp.moveaxis(x, 1, 2).reshape(groups, heads, -1, length, size)
+
+
+def _by_row(x: Array, rows: int) -> Array:
+  """Inverse of _by_group."""
+  groups, heads, wide, length, size = x.shape
+  x = x.reshape(groups, heads, rows // groups, -1, length, size)
+  return jnp.moveaxis(x, 2, 1).reshape(rows, heads, -1, length, size)
+
+
+def _attend_block(query: Array, key: Array, value: Array, mask: Array, prefix) -> Array:
+  """query [B, KV, M, T, K], mask bool[B, T, S]; prefix is None or (key, value, mask[P, L])."""
+  query = query / math.sqrt(query.shape[-1])
+  scores = jnp.where(mask[:, None, None], _scores(query, key), -1e30)
+  if prefix is None:
+    return _mix(jax.nn.softmax(scores, axis=-1), value)
+  shared_key, shared_value, shared_mask = prefix
+  rows, groups, size = query.shape[0], *shared_mask.shape
+  shared = _scores(_by_group(query, groups), shared_key)
+  shared = _by_row(jnp.where(shared_mask[:, None, None, None], shared, -1e30), rows)
+  weights = jax.nn.softmax(jnp.concatenate([shared, scores], axis=-1), axis=-1)
+  out = _mix(_by_group(weights[..., :size], groups), shared_value)
+  return _by_row(out, rows) + _mix(weights[..., size:], value)
+
+
+def attend(query: Array, key: Array, value: Array, mask_of, *, query_chunk: int,
+           prefix=None) -> Array:
+  """Grouped-query softmax attention; query [B, T, H, K], key, value [B, KV, S, K] -> as query.
 
   `mask_of(columns)` gives bool[B, len(columns), S] for a range of query columns, so that a long
   sequence never holds more than query_chunk x S scores; the scores of a chunk are recomputed in
-  the backward pass.
+  the backward pass. `prefix` = (key, value [P, KV, L, K], mask bool[P, L]) comes before the keys:
+  it is common to B / P neighbouring rows, and all queries see it where the mask is true.
   """
   batch, length, heads, size = query.shape
-  groups = key.shape[2]
-  grouped = query.reshape(batch, length, groups, heads // groups, size)
+  groups = key.shape[1]
+  grouped = query.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
+
+  def join(out):
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, size)
+
   if length <= query_chunk:
-    return _attend_block(grouped, key, value, mask_of(jnp.arange(length))).reshape(query.shape)
+    return join(_attend_block(grouped, key, value, mask_of(jnp.arange(length)), prefix))
   num_chunks = -(-length // query_chunk)
-  padded = jnp.pad(grouped, ((0, 0), (0, num_chunks * query_chunk - length)) + ((0, 0),) * 3)
-  chunks = jnp.moveaxis(
-    padded.reshape(batch, num_chunks, query_chunk, groups, heads // groups, size), 1, 0)
+  padded = jnp.pad(grouped, ((0, 0),) * 3 + ((0, num_chunks * query_chunk - length), (0, 0)))
+  chunks = jnp.moveaxis(padded.reshape(*padded.shape[:3], num_chunks, query_chunk, size), 3, 0)
 
   @jax.checkpoint
   def one(args):
     chunk, index = args
     columns = jnp.minimum(index * query_chunk + jnp.arange(query_chunk), length - 1)
-    return _attend_block(chunk, key, value, mask_of(columns))
+    return _attend_block(chunk, key, value, mask_of(columns), prefix)
 
-  out = jnp.moveaxis(jax.lax.map(one, (chunks, jnp.arange(num_chunks))), 0, 1)
-  return out.reshape(batch, -1, heads, size)[:, :length]
+  out = jax.lax.map(one, (chunks, jnp.arange(num_chunks)))
+  return join(jnp.moveaxis(out, 0, 3).reshape(*padded.shape))[:, :length]

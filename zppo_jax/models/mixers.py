@@ -21,21 +21,27 @@ class Place:
 
   positions: Array  # i32[B, T], rotary positions
   segment_ids: Array  # i32[B, T], 0 = padding
-  start: Array  # i32[B], column of the first token in the cache (0 without one)
+  start: Array  # i32[B] or i32[], column of the first token in the cache (0 without one)
+  prefix_length: Array | None = None  # i32[P], of a shared prefix
 
 
 def full_attention(config: ModelConfig, params, x: Array, place: Place, cache: KeyValue | None,
-                   layer) -> tuple[Array, KeyValue | None]:
+                   layer, prefix: KeyValue | None = None) -> tuple[Array, KeyValue | None]:
   """Causal grouped-query attention with QK-norm and rotary positions; x [B, T, D]."""
   dtype = x.dtype
-  query = jnp.einsum('btd,dhk->bthk', x, params.query.astype(dtype))
-  key = jnp.einsum('btd,dhk->bthk', x, params.key.astype(dtype))
-  value = jnp.einsum('btd,dhk->bthk', x, params.value.astype(dtype))
+  flat = x.reshape(-1, x.shape[-1])  # plain matrix products: their backward is the faster one
+
+  def project(weight):
+    wide = flat @ weight.astype(dtype).reshape(weight.shape[0], -1)
+    return wide.reshape(*x.shape[:2], *weight.shape[1:])
+
+  query, key, value = project(params.query), project(params.key), project(params.value)
   if config.qk_norm:
     query = layers.rms_norm(query, params.query_norm, config.norm_eps)
     key = layers.rms_norm(key, params.key_norm, config.norm_eps)
   query = layers.rope(query, place.positions, config.rope_theta)
   key = layers.rope(key, place.positions, config.rope_theta)
+  key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)  # [B, KV, T, K]
   if cache is None:
     def mask_of(columns):
       same = jnp.take(place.segment_ids, columns, axis=1)[:, :, None] == place.segment_ids[:, None]
@@ -44,20 +50,35 @@ def full_attention(config: ModelConfig, params, x: Array, place: Place, cache: K
     key, value, cache = _write(cache, key, value, place.start, layer)
 
     def mask_of(columns):
-      last = place.start[:, None] + columns[None]
-      return jnp.arange(key.shape[1])[None, None] <= last[:, :, None]
+      last = jnp.broadcast_to(place.start, x.shape[:1])[:, None] + columns[None]
+      return jnp.arange(key.shape[2])[None, None] <= last[:, :, None]
 
-  out = layers.attend(query, key, value, mask_of, query_chunk=config.query_chunk)
-  return jnp.einsum('bthk,hkd->btd', out, params.out.astype(dtype)), cache
+  shared = None
+  if prefix is not None:
+    filled = jnp.arange(prefix.key.shape[2])[None] < place.prefix_length[:, None]
+    shared = prefix.key, prefix.value, filled
+  out = layers.attend(query, key, value, mask_of, query_chunk=config.query_chunk, prefix=shared)
+  out = out.reshape(flat.shape[0], -1) @ params.out.astype(dtype).reshape(-1, x.shape[-1])
+  return out.reshape(x.shape), cache
 
 
 def _write(cache: KeyValue, key: Array, value: Array, start: Array, layer):
-  """Writes new keys at start.. of each row; returns this layer's full keys and values."""
+  """Writes new keys at start.. of each row; returns this layer's full keys and values.
+
+  Without `layer` the cache is that of one layer, and all rows start at the same column.
+  """
+  if layer is None:
+    new = jax.tree.map(
+      lambda held, x: axes.constrain(
+        jax.lax.dynamic_update_slice(held, x, (0, 0, start, 0)), *KV_AXES[1:]),
+      cache, KeyValue(key, value))
+    return new.key, new.value, new
   rows = jnp.arange(key.shape[0])[:, None]
-  columns = start[:, None] + jnp.arange(key.shape[1])[None]
-  new = KeyValue(cache.key.at[layer, rows, columns].set(key, mode='drop'),
-                 cache.value.at[layer, rows, columns].set(value, mode='drop'))
-  new = jax.tree.map(lambda a: axes.constrain(a, *KV_AXES), new)
+  columns = start[:, None] + jnp.arange(key.shape[2])[None]
+  new = jax.tree.map(
+    lambda held, x: axes.constrain(
+      held.at[layer, rows, :, columns].set(jnp.swapaxes(x, 1, 2), mode='drop'), *KV_AXES),
+    cache, KeyValue(key, value))
   return new.key[layer], new.value[layer], new
 
 

@@ -87,31 +87,37 @@ class _State:
 
 
 def _prefill(config: ModelConfig, params: Params, prompts: Prompts, settings: Settings):
-  """Caches of all prompts with room for the responses, and the logits of the first new token."""
+  """The prompts' cache as the prefix of their samples, and the logits of the first new token."""
   rows, size = prompts.tokens.shape
   cache = cache_lib.init(config, rows, size)
   segments = masks.segments_from_lengths(prompts.length, size)
   out = decoder.forward(config, params, prompts.tokens, segment_ids=segments, cache=cache,
                         want='hidden')
   last = jnp.take_along_axis(out.hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
-  cache = cache_lib.repeat_rows(out.cache, settings.group_size)
-  cache = cache_lib.grow(cache, size + settings.max_new_tokens)
   logits = decoder.unembed(config, params, last)
-  return cache, jnp.repeat(logits, settings.group_size, axis=0)
+  return cache_lib.as_prefix(out.cache), jnp.repeat(logits, settings.group_size, axis=0)
+
+
+def _first_max(x: Array) -> Array:
+  """argmax over the last axis, lowest id among ties, i32; two reductions vectorise, argmax does
+  not."""
+  ids = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+  best = jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, x.shape[-1] - 1)
+  return jnp.min(best, axis=-1)
 
 
 def _choose(logits: Array, row_keys: Array, step: Array, settings: Settings):
   """Next token i32[N] and its log-prob under the distribution it was drawn from."""
   if settings.temperature < GREEDY_BELOW:
-    logp = jax.nn.log_softmax(logits)
-    token = jnp.argmax(logits, axis=-1)
+    shaped, token = logits, _first_max(logits)
   else:
     shaped = rules.apply(logits, temperature=settings.temperature, k=settings.top_k,
                          p=settings.top_p, floor=settings.min_p)
-    logp = jax.nn.log_softmax(shaped)
     noise = jax.vmap(lambda k: jax.random.gumbel(rng.fold(k, step), logits.shape[1:]))(row_keys)
-    token = jnp.argmax(shaped + noise, axis=-1)
-  return token.astype(jnp.int32), jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
+    token = _first_max(shaped + noise)
+  below = shaped - jnp.max(shaped, axis=-1, keepdims=True)
+  chosen = jnp.take_along_axis(below, token[:, None], axis=1)[:, 0]
+  return token, chosen - jnp.log(jnp.sum(jnp.exp(below), axis=-1))
 
 
 def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) -> _State:
@@ -135,13 +141,16 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
     tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
     logps = state.logp.at[:, state.step].set(jnp.where(live, logp, 0.0))
     done = state.done | jnp.any(token[:, None] == eos, axis=1)
-    out = decoder.forward(config, params, token[:, None], cache=state.cache,
-                          segment_ids=live[:, None].astype(jnp.int32), want='hidden')
+    out = decoder.forward(config, blocks, token[:, None], cache=state.cache, prefix=prefix,
+                          want='hidden')
     logits = decoder.unembed(config, params, out.hidden[:, 0])
     return _State(out.cache, logits, tokens, logps, done, state.length + live, state.step + 1)
 
-  cache, logits = _prefill(config, params, prompts, settings)
+  prefix, logits = _prefill(config, params, prompts, settings)
+  blocks = decoder.split_blocks(config, params)  # once, not in every step
+  prefix = cache_lib.split_prefix(config, prefix)
   rows = valid.shape[0]
+  cache = cache_lib.split(config, rows, width)
   state = _State(cache, logits, jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width)),
                  ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0))
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)

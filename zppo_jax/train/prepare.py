@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,12 +66,12 @@ def cut(signal: types.Signal, rollouts: Sequence[types.Rollout]) -> list[types.S
 
 def make_scorer(config: ModelConfig, needs: frozenset[str], s: StepSettings,
                 role_configs: dict[str, ModelConfig]):
-  """scorer(params, rollout, roles, pieces) -> Scores, row blocks one after the other."""
+  """scorer(params, rollout, roles, pieces, group) -> Scores, row blocks one after the other."""
 
-  def one(params, roles, rollout: types.Rollout) -> types.Scores:
+  def one(params, roles, rollout: types.Rollout, group: int) -> types.Scores:
     def logp(role_config, role_params):
       return score_lib.score(role_config, role_params, rollout, window=s.window,
-                             temperature=s.temperature, chunk=s.chunk)
+                             temperature=s.temperature, chunk=s.chunk, group=group)
 
     old = logp(config, params['policy']) if 'old_logp' in needs else None
     return types.Scores(
@@ -82,9 +83,11 @@ def make_scorer(config: ModelConfig, needs: frozenset[str], s: StepSettings,
                          segment_ids=rollout.segment_ids, positions=rollout.positions)
       if 'critic' in needs else None)
 
-  def scorer(params, rollout: types.Rollout, roles: dict[str, Any], pieces: int) -> types.Scores:
+  def scorer(params, rollout: types.Rollout, roles: dict[str, Any], pieces: int,
+             group: int = 1) -> types.Scores:
     split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rollout)
-    scores = jax.lax.map(lambda r: one(params, roles, r), split)
+    group = math.gcd(group, split.valid.shape[1])  # a micro-batch may cut a group
+    scores = jax.lax.map(lambda r: one(params, roles, r, group), split)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), scores)
 
   return scorer
@@ -100,11 +103,13 @@ def make_prepare(config: ModelConfig, method: api.Method, s: StepSettings,
               roles: dict[str, Any], group_sizes: tuple[int, ...]):
     arranged = [arrange(r, g, jax.random.fold_in(key, i), count)
                 for i, (r, g) in enumerate(zip(rollouts, group_sizes))]
-    scores = [scorer(params, r, roles, count * s.micro_batches) for r in arranged]
+    shared = group_sizes if s.share_prompts else (1,) * len(group_sizes)
+    scores = [scorer(params, r, roles, count * s.micro_batches, g)
+              for r, g in zip(arranged, shared)]
     scores = [types.Scores(**{**vars(x), 'minibatch': jnp.repeat(
       jnp.arange(count), r.valid.shape[0] // count)}) for x, r in zip(scores, arranged)]
     size = max(r.tokens.shape[1] for r in arranged)
     state, signal = method.credit(state, join(arranged, size), join(scores, size))
-    return state, tuple(Part(r, x) for r, x in zip(arranged, cut(signal, arranged)))
+    return state, tuple(Part(r, x, g) for r, x, g in zip(arranged, cut(signal, arranged), shared))
 
   return prepare

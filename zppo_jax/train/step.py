@@ -8,6 +8,7 @@ each; the rows of a part are laid out as I * M * n.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class Part:
 
   rollout: types.Rollout
   signal: types.Signal
+  group: int = types.static(default=1)  # neighbouring rows that share their prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class StepSettings:
   temperature: float = 1.0  # of the sampler: log-probs are taken at it
   micro_batches: int = 1
   chunk: int = 1024  # tokens per vocabulary block
+  share_prompts: bool = True  # rows of a group run their common prompt once
   taps: tuple[str, ...] = ()
 
 
@@ -52,17 +55,20 @@ def _vocabulary(config: ModelConfig, params) -> Array:
 
 
 def model_outputs(config: ModelConfig, params: dict[str, Any], rollout: types.Rollout,
-                  frozen: dict[str, tuple[ModelConfig, Any]], s: StepSettings) -> api.Outputs:
+                  frozen: dict[str, tuple[ModelConfig, Any]], s: StepSettings,
+                  group: int = 1) -> api.Outputs:
   """Everything that terms may read, for one micro-batch."""
+  group = math.gcd(group, rollout.tokens.shape[0])  # a micro-batch may cut a group
   scored = score_lib.score(config, params['policy'], rollout, window=s.window,
-                           temperature=s.temperature, chunk=s.chunk, taps=s.taps)
+                           temperature=s.temperature, chunk=s.chunk, taps=s.taps, group=group)
   value = None
   if 'critic' in params:
     value = heads.values(config, params['critic'], rollout.tokens,
                          segment_ids=rollout.segment_ids, positions=rollout.positions)
   roles = {}
   for name, (role_config, role_params) in frozen.items():
-    hidden = score_lib.states(role_config, role_params, rollout, window=s.window)[0]
+    hidden = score_lib.states(role_config, role_params, rollout, window=s.window,
+                              group=group)[0]
     roles[name] = jax.lax.stop_gradient(
       api.RoleOutputs(hidden, _vocabulary(role_config, role_params)))
   return api.Outputs(scored.logp, scored.entropy, scored.hidden,
@@ -125,7 +131,7 @@ def make_gradient(config: ModelConfig, terms: Sequence[api.Term], s: StepSetting
     total, metrics = 0.0, {}
     frozen = {k: (role_configs[k], v) for k, v in roles.items()}
     for part in parts:
-      out = model_outputs(config, params, part.rollout, frozen, s)
+      out = model_outputs(config, params, part.rollout, frozen, s, part.group)
       for term, den in zip(terms, dens):
         num, _, found = term(out, part.signal)
         total += num / jnp.maximum(den, 1e-20)
@@ -136,8 +142,8 @@ def make_gradient(config: ModelConfig, terms: Sequence[api.Term], s: StepSetting
 
   def gradient(params, parts, roles, first):
     frozen = {k: (role_configs[k], v) for k, v in roles.items()}
-    shapes = [jax.eval_shape(lambda p, r: model_outputs(config, p, r, frozen, s), params, p.rollout)
-              for p in parts]
+    shapes = [jax.eval_shape(lambda p, r, g=p.group: model_outputs(config, p, r, frozen, s, g),
+                             params, p.rollout) for p in parts]
     dens = denominators(terms, shapes, [p.signal for p in parts])
     grad = jax.grad(loss, has_aux=True)
     if s.micro_batches == 1:
