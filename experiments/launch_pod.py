@@ -18,6 +18,7 @@ from zppo_jax.core.errors import UserError
 from zppo_jax.launch import app
 
 flags.DEFINE_string('topology', 'v5p:4x4x4', 'TPU slice, GENERATION:AxB or :AxBxC.')
+flags.DEFINE_list('programs', [], 'Which of train, sample, teacher to compile; empty = all.')
 flags.DEFINE_bool('aot_only', False, 'Compile only; the one mode there is on a host without TPUs.')
 
 
@@ -29,12 +30,14 @@ def main(launch: app.Launch) -> int:
   pod = aot.describe(launch.config, flags.FLAGS.topology)
   print(f'{flags.FLAGS.topology}: {len(pod.mesh.devices.flat)} chips, mesh '
         f'{dict(pod.mesh.shape)}', flush=True)
-  reports = []
-  jobs = [lambda: pod.train(), lambda: pod.sample(pod.model, 'sample')]
+  jobs = {'train': pod.train, 'sample': lambda: pod.sample(pod.model, 'sample')}
   if pod.teacher is not None:
-    jobs.append(lambda: pod.sample(pod.teacher, 'teacher'))
-  for job in jobs:
-    reports.append(job())
+    jobs['teacher'] = lambda: pod.sample(pod.teacher, 'teacher')
+  reports = []
+  for name in flags.FLAGS.programs or jobs:
+    if name not in jobs:
+      raise UserError(f'programs: {name!r} is not one of {sorted(jobs)}')
+    reports.append(jobs[name]())
     print(reports[-1].line(), flush=True)
   return 0 if all(r.fits for r in reports) else 1
 

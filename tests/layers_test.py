@@ -74,6 +74,14 @@ def test_methods_never_import_each_other():
     assert not found & METHOD_FILES, (method, found)
 
 
+def test_what_methods_share_imports_no_method():
+  """Only the table knows them all."""
+  for name, path in ALL.items():
+    if room(name) == 'zppo_jax.methods' and name.split('.')[-1] not in METHOD_FILES | {'table'}:
+      found = {t.split('.')[2] for t in imports(path) if t.startswith('zppo_jax.methods.')}
+      assert not found & (METHOD_FILES | {'table'}), (name, found)
+
+
 def test_configs_import_nothing_but_ml_collections():
   for name, path in ALL.items():
     if name.startswith('ml_collections_configs'):
@@ -88,6 +96,29 @@ def test_shared_machinery_never_names_a_method():
       strings = [n.value for n in ast.walk(ast.parse(path.read_text()))
                  if isinstance(n, ast.Constant) and isinstance(n.value, str)]
       assert not names & set(strings), name
+
+
+def _words(path):
+  """Words of all identifiers and of all strings that are not docstrings."""
+  tree = ast.parse(path.read_text())
+  docs = {id(n.body[0].value) for n in ast.walk(tree)
+          if isinstance(n, (ast.Module, ast.FunctionDef, ast.ClassDef)) and n.body
+          and isinstance(n.body[0], ast.Expr)}
+  for node in ast.walk(tree):
+    for field in ('id', 'attr', 'name', 'arg', 'asname', 'module'):
+      yield from re.split(r'\W+', str(getattr(node, field, '') or ''))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+      yield from re.split(r'\W+', node.value)
+
+
+def test_no_row_of_the_table_is_a_word_in_shared_machinery():
+  """Names and strings of train, sampling and rewards: a branch on a method could hide nowhere."""
+  from zppo_jax.methods import table
+  rooms = ('zppo_jax.train', 'zppo_jax.sampling', 'zppo_jax.rewards')
+  for name, path in ALL.items():
+    if room(name) in rooms:
+      assert not set(table.METHODS) & set(_words(path)), name
+  assert 'grpo' in set(_words(ALL['zppo_jax.methods.table']))
 
 
 def test_jax_experimental_stays_in_kernels_and_aot():
@@ -126,6 +157,20 @@ def test_every_field_of_a_method_config_is_read():
       assert re.search(rf'\.{field.name}\b', source) or (
         config is not common.PolicyLoss and field.name in
         {f.name for f in dataclasses.fields(common.PolicyLoss)}), (config, field.name)
+
+
+def test_every_field_of_a_method_config_is_read_by_its_builder():
+  """In the file of the method or in one it shares, on the config itself: `c.field`."""
+  import inspect
+
+  from zppo_jax.methods import common, table
+  shared = [ALL[f'zppo_jax.methods.{m}'].read_text() for m in ('guidance', 'second_phase')]
+  for row in table.METHODS.values():
+    own = pathlib.Path(inspect.getfile(row.build)).read_text()
+    for field in vars(row.defaults):
+      read = any(re.search(rf'\b(c|self)\.{field}\b', text) for text in (own, *shared))
+      passed_on = field in vars(common.PolicyLoss()) and 'policy_loss(' in own
+      assert read or passed_on, (row.build.__module__, field)
 
 
 def test_packages_are_found():

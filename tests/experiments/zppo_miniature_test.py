@@ -152,7 +152,8 @@ def example_groups(accuracy):
 def test_prompts_raise_both_candidates_and_lower_the_listed_answers():
   world, _, plain = example_groups([0.0, 0.25, 0.875])
   for u in (0.0, 0.999):
-    bcq, ncq = np.moveaxis(np.asarray(student.prompt_bias(student.TASK, world, plain, jnp.full(3, u))), 1, 0)
+    bias = student.prompt_bias(student.TASK, world, plain, jnp.full(3, u))
+    bcq, ncq = np.moveaxis(np.asarray(bias), 1, 0)
     for i in range(3):
       wrong = set(plain.answer[i]) - {world.right[i]}
       raised = set(np.flatnonzero(bcq[i] == 6))

@@ -17,7 +17,7 @@ import tiny
 
 from zppo_jax.core import masks, trees, types
 from zppo_jax.mesh import place
-from zppo_jax.methods import table
+from zppo_jax.methods import api, table
 from zppo_jax.train import checkpoint, compiles, prepare, state, step
 from zppo_jax.train import run as run_lib
 
@@ -198,6 +198,18 @@ def test_every_part_carries_signal(name):
   worth = [p for p in t.parts if p.signal.active.any() and p.signal.advantage.any()]
   books = name == 'distill_off'  # its student rows only feed the buffer
   assert len(worth) == len(t.parts) - books
+
+
+@every_method
+def test_explore_adds_the_parts_that_the_method_declares(name):
+  """`extra` is what the config check and the pod compilation know of the second phase."""
+  t = trial(name)
+  found = [(r.tokens.shape, size) for r, size in zip(t.item.rollouts, t.item.group_sizes)]
+  method, wanted = t.run.method, []
+  for slots in (api.Slots(method.capacity, method.group_size), *method.extra):
+    bucket = tiny.REFORMULATED if slots.reformulated else tiny.PROMPT
+    wanted.append(((slots.capacity * slots.group_size, bucket + tiny.RESPONSE), slots.group_size))
+  assert found == wanted
 
 
 def _blank_outputs(t: Trial, seed: int):

@@ -12,7 +12,7 @@ from zppo_jax.core import trees
 from zppo_jax.mesh import place
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import config as config_lib
-from zppo_jax.models import decoder
+from zppo_jax.models import decoder, heads
 from zppo_jax.models import params as params_lib
 
 CONFIG = models.ModelConfig(vocab=40, hidden=32, layers=3, heads=4, kv_heads=2, head_dim=8,
@@ -159,3 +159,79 @@ def test_published_weights_are_copies_on_the_asked_sharding(params):
   moved = place.publish(params, shardings)
   assert moved.embed.sharding == shardings.embed
   np.testing.assert_array_equal(moved.embed, params.embed)
+
+
+def test_a_pattern_of_mixers_counts_layers_in_order(tokens):
+  """Four layers as two repeats of two: taps and edits name the layer, not the slot."""
+  config = dataclasses.replace(CONFIG, layers=4, mixers=('full', 'full'))
+  params = models.init(config, jax.random.key(2))
+  assert len(params.blocks) == 2 and params.blocks[0].mlp.gate.shape[0] == 2
+  assert not np.array_equal(params.blocks[0].mlp.gate, params.blocks[1].mlp.gate)
+  taps = tuple(f'{kind}.{layer}' for kind in decoder.TAP_KINDS for layer in range(4))
+  seen = FORWARD(config, params, tokens, taps=taps).taps
+  for layer in (1, 2, 3):
+    np.testing.assert_allclose(
+      seen[f'residual.{layer}'],
+      seen[f'residual.{layer - 1}'] + seen[f'mixer.{layer}'] + seen[f'mlp.{layer}'], atol=2e-6)
+  edits = (('mlp.2', jnp.zeros_like),)
+  silent = FORWARD(config, params, tokens, taps=taps, edits=edits).taps
+  for layer in range(4):
+    assert bool(np.any(silent[f'mlp.{layer}'])) == (layer != 2)
+  np.testing.assert_array_equal(silent['residual.1'], seen['residual.1'])
+  assert (silent['residual.3'] != seen['residual.3']).any()
+
+
+def test_edits_pass_gradients(params, tokens):
+  def loss(scale):
+    edits = (('residual.1', lambda x: x * scale),)
+    return jnp.sum(decoder.forward(CONFIG, params, tokens, edits=edits, want='hidden').hidden ** 3)
+
+  slope = (loss(1.01) - loss(0.99)) / 0.02
+  np.testing.assert_allclose(jax.grad(loss)(1.0), slope, rtol=1e-2)
+  np.testing.assert_allclose(
+    loss(1.0), jnp.sum(decoder.forward(CONFIG, params, tokens, want='hidden').hidden ** 3),
+    rtol=1e-6)
+
+
+def test_prefill_in_query_chunks_equals_one_piece(params, tokens):
+  config = dataclasses.replace(CONFIG, query_chunk=5)
+  lengths = jnp.asarray([12, 7, 3])
+  segments = (jnp.arange(12)[None] < lengths[:, None]).astype(jnp.int32)
+  outs = [FORWARD(c, params, tokens, segment_ids=segments, cache=cache_lib.init(c, 3, 14))
+          for c in (CONFIG, config)]
+  for row, length in enumerate(lengths):
+    np.testing.assert_allclose(outs[0].logits[row, :length, :37], outs[1].logits[row, :length, :37],
+                               atol=2e-6)
+    np.testing.assert_allclose(outs[0].cache.layers[0].key[:, row, :length],
+                               outs[1].cache.layers[0].key[:, row, :length], atol=2e-6)
+
+
+def test_tied_and_untied_heads(tokens):
+  untied = dataclasses.replace(CONFIG, tied=False)
+  params = models.init(untied, jax.random.key(0))
+  assert params.head.shape == (32, 40) and params_lib.count(untied) == trees.num_params(params)
+  assert params_lib.count(untied) - params_lib.count(CONFIG) == 32 * 40
+  tied = dataclasses.replace(params, head=None)
+  np.testing.assert_allclose(
+    logits(tied, tokens), logits(dataclasses.replace(params, head=params.embed.T), tokens, untied),
+    atol=1e-6)
+
+
+def test_bfloat16_stays_near_float32(params, tokens):
+  half = logits(params, tokens, dataclasses.replace(CONFIG, dtype='bfloat16'))
+  full = logits(params, tokens)
+  assert half.dtype == jnp.float32
+  gap = np.abs(np.asarray(jax.nn.log_softmax(half) - jax.nn.log_softmax(full)))
+  assert gap.mean() < 2e-2 and 0 < gap.max() < 0.2
+
+
+def test_a_critic_values_the_state_before_the_token(params, tokens):
+  """V_t has seen tokens < t; column 0 is zero; a fresh critic is unbiased."""
+  critic = params_lib.materialise(heads.abstract_critic(CONFIG), jax.random.key(3))
+  critic = dataclasses.replace(critic, weight=critic.weight * 1e3)
+  ones = jnp.ones_like(tokens)
+  value = lambda t: heads.values(CONFIG, critic, t, segment_ids=ones, positions=None)
+  base, other = value(tokens), value(tokens.at[:, 5].set((tokens[:, 5] + 1) % 37))
+  assert not np.asarray(base[:, 0]).any() and float(critic.bias) == 0
+  np.testing.assert_array_equal(base[:, :6], other[:, :6])
+  assert (base[:, 6:] != other[:, 6:]).all()

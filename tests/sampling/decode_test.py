@@ -1,4 +1,4 @@
-"""Sampling: agreement with the scorer, independence of the batch, forced prefixes, filters, stops."""
+"""Sampling: agreement with the scorer, independence of the batch, prefixes, filters, stops."""
 
 import dataclasses
 
@@ -9,7 +9,9 @@ import pytest
 
 from zppo_jax import models, sampling
 from zppo_jax.core import types
+from zppo_jax.mesh import place
 from zppo_jax.models import decoder
+from zppo_jax.models import params as params_lib
 from zppo_jax.sampling import decode, rules, score
 
 CONFIG = models.ModelConfig(vocab=24, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8,
@@ -100,13 +102,14 @@ def test_keys_and_samples_differ(params):
 
 
 def test_rows_have_no_gap_and_stop_at_eos(params):
-  rollout = draw(params, prompts(), key=5)
+  stops = (EOS, 5, 9)
+  rollout = draw(params, prompts(), eos_ids=stops)
   for row, ids in enumerate(responses(rollout)):
     start = LENGTHS[row // GROUP]
     mask = np.asarray(rollout.loss_mask[row])
     assert list(np.flatnonzero(mask)) == list(range(start, start + len(ids)))
-    assert EOS not in ids[:-1]
-    finished = ids[-1] == EOS
+    assert not set(stops) & set(ids[:-1])
+    finished = ids[-1] in stops
     assert int(rollout.status[row]) == (types.FINISHED if finished else types.TRUNCATED)
     assert finished or len(ids) == NEW
     assert int(rollout.traj_tokens[row]) == len(ids)
@@ -178,6 +181,101 @@ def test_samples_follow_the_distribution(params):
   counts = np.bincount(first, minlength=24)
   error = np.abs(counts / 4000 - probs) / np.sqrt(probs * (1 - probs) / 4000 + 1e-9)
   assert error[probs > 1e-3].max() < 4 and counts[21:].sum() == 0
+
+
+def test_a_shorter_bucket_cuts_the_same_sample(params):
+  """Noise is keyed by the position in the response: the room behind it does not matter."""
+  long, short = responses(draw(params, prompts())), responses(draw(params, prompts(),
+                                                                   max_new_tokens=5))
+  assert [ids[:5] for ids in long] == short
+  assert any(len(ids) > 5 for ids in long)
+
+
+def test_noise_is_named_by_the_request_not_by_the_slot(params):
+  batch = prompts((2, 2, 2))
+  same = responses(draw(params, batch))
+  assert same[:GROUP] == same[GROUP:2 * GROUP] == same[2 * GROUP:]
+  named = dataclasses.replace(batch, request=np.asarray([7, 8, 7], np.uint32))
+  found = responses(draw(params, named))
+  assert found[:GROUP] == found[2 * GROUP:] != found[GROUP:2 * GROUP]
+
+
+def test_the_loop_ends_with_the_last_row(params):
+  """All ids but one end a response: a step is as long as its longest row, not as its bucket."""
+  run = jax.jit(decode._decode, static_argnums=(0, 4))
+  stop = settings(eos_ids=tuple(i for i in range(24) if i != 5))
+  state = run(CONFIG, params, prompts(), jax.random.key(0), stop)
+  assert int(state.step) == int(np.max(state.length)) < NEW
+  nobody = run(CONFIG, params, prompts(valid=[False] * 4), jax.random.key(0), stop)
+  assert int(nobody.step) == 0
+
+
+def test_any_of_several_stop_ids_ends_a_row(params):
+  free = responses(draw(params, prompts()))
+  second = next(ids[2] for ids in free if len(ids) > 4)
+  cut = responses(draw(params, prompts(), eos_ids=(EOS, second)))
+  for before, after in zip(free, cut):
+    stops = [i for i, t in enumerate(before) if t in (EOS, second)]
+    assert after == before[:stops[0] + 1] if stops else after == before
+
+
+def test_rules_apply_in_order_and_are_the_identity_when_off():
+  """Temperature, top-k, top-p, min-p: each reads what the one before left."""
+  probs = np.asarray([[0.4, 0.3, 0.2, 0.1]])
+  logits = jnp.log(jnp.asarray(probs))
+  keep = lambda **s: (np.asarray(rules.apply(logits, **(dict(
+    temperature=1.0, k=0, p=1.0, floor=0.0) | s))) > -1e29)[0].tolist()
+  assert keep(p=0.6) == [True, True, False, False]
+  assert keep(k=2, p=0.57) == [True, False, False, False]  # of .7, renormalised, .571 is enough
+  assert keep(temperature=0.5, p=0.6) == [True, True, False, False]  # squares: .533, .3
+  assert keep(temperature=0.5, p=0.5) == [True, False, False, False]
+  assert keep(temperature=2.0, floor=0.6) == [True, True, True, False]  # roots: ratios .87 .71 .5
+  assert keep(floor=0.6) == [True, True, False, False]
+  off = rules.apply(logits, temperature=1.0, k=0, p=1.0, floor=0.0)
+  np.testing.assert_array_equal(off, logits)
+
+
+@pytest.mark.parametrize('changes', [dict(top_p=0.5), dict(min_p=0.3), dict(
+  temperature=0.6, top_k=5, top_p=0.8, min_p=0.1)])
+def test_all_filters_renormalise_behaviour(params, changes):
+  rollout = draw(params, prompts(), **changes)
+  logits = decoder.forward(CONFIG, params, rollout.tokens, segment_ids=rollout.segment_ids).logits
+  shaped = rules.apply(logits.reshape(-1, 24), temperature=changes.get('temperature', 1.0),
+                       k=changes.get('top_k', 0), p=changes.get('top_p', 1.0),
+                       floor=changes.get('min_p', 0.0))
+  logp = jax.nn.log_softmax(shaped).reshape(logits.shape)[:, :-1]
+  wanted = jnp.take_along_axis(logp, rollout.tokens[:, 1:, None], axis=2)[..., 0]
+  mask = np.asarray(rollout.loss_mask)[:, 1:]
+  found = np.asarray(rollout.behavior_logp)[:, 1:][mask]
+  np.testing.assert_allclose(found, np.asarray(wanted)[mask], atol=1e-4)
+  assert found.min() > -20  # no dropped id was ever drawn
+  plain = np.asarray(jnp.take_along_axis(jax.nn.log_softmax(logits)[:, :-1], rollout.tokens[
+    :, 1:, None], axis=2))[..., 0][mask]
+  assert (found >= plain - 1e-4).mean() > 0.5 and not np.allclose(found, plain, atol=1e-3)
+
+
+def test_a_mesh_of_eight_draws_the_same_samples(params):
+  mesh = place.make_mesh(dict(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+  single = draw(params, prompts())
+  with jax.set_mesh(mesh):
+    shardings = params_lib.shardings(params_lib.abstract(CONFIG), mesh)
+    wide = draw(jax.device_put(params, shardings), prompts())
+  assert len(wide.tokens.sharding.device_set) == 8
+  assert responses(wide) == responses(single)
+  np.testing.assert_allclose(wide.behavior_logp, single.behavior_logp, atol=1e-5)
+
+
+def test_version_and_padding_are_written_per_token(params):
+  rollout = sampling.generate(CONFIG, params, prompts(), key=jax.random.key(0),
+                              settings=settings(), version=17)
+  mask = np.asarray(rollout.loss_mask)
+  assert set(np.asarray(rollout.version)[mask]) == {17}
+  for name in ('version', 'behavior_logp'):
+    assert not np.asarray(getattr(rollout, name))[~mask].any()
+  inside = np.asarray(rollout.segment_ids) > 0
+  columns = np.broadcast_to(np.arange(inside.shape[1]), inside.shape)
+  np.testing.assert_array_equal(np.asarray(rollout.positions)[inside], columns[inside])
+  assert not np.asarray(rollout.tokens)[~inside].any()
 
 
 @pytest.mark.parametrize('changes, part', [

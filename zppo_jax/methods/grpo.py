@@ -14,7 +14,7 @@ import numpy as np
 
 from zppo_jax.core import types
 from zppo_jax.methods import api, common
-from zppo_jax.ops import advantages, divergences
+from zppo_jax.ops import advantages
 
 Array = types.Array
 
@@ -65,8 +65,6 @@ def check(c: Config) -> None:
                       ('entropy_weight', 0), ('overlong_buffer', 0)):
     if getattr(c, name) < least:
       raise ValueError(f'{name} must be at least {least}, got {getattr(c, name)}')
-  if c.kl_beta and not c.kl_in_reward:
-    divergences.check_kl_loss(c.kl_kind)
   if c.kl_in_reward and c.estimator not in ('reinforce_pp',):
     raise ValueError(f"kl_in_reward needs estimator 'reinforce_pp', got {c.estimator!r}")
   if c.overlong_buffer and not (c.max_tokens and c.overlong_buffer < c.max_tokens):

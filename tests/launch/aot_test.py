@@ -1,0 +1,66 @@
+"""Pod configs compiled for their pods on this host; needs libtpu, no TPU.
+
+In processes of their own: libtpu stops at any XLA flag that it does not know.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from zppo_jax.core.errors import UserError
+from zppo_jax.launch import aot
+
+pytest.importorskip('libtpu')
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# The pod's program on shorter rows and fewer groups: minutes less to compile.
+SHORT = ('--config.rollout.prompt_tokens=512', '--config.rollout.reformulated_tokens=1024',
+         '--config.rollout.max_new_tokens=512', '--config.method.compress=tail',
+         '--config.method.compress_tokens=16', '--config.method.num_new=128',
+         '--config.method.iterations=2', '--config.train.micro_batches=4')
+
+
+def launch_pod(tmp_path, *extra):
+  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1'}
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.launch_pod', '--aot_only', '--topology=v5p:4x4x4',
+     '--config=ml_collections_configs/zppo.py:pod', f'--workdir={tmp_path}', *extra],
+    cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def check(done, *programs):
+  assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+  lines = done.stdout.splitlines()
+  assert lines[0].startswith('v5p:4x4x4: 64 chips')
+  assert [line.split()[0] for line in lines[1:]] == list(programs)
+  assert all('GiB per chip: fits' in line and 'flops' in line for line in lines[1:]), lines
+
+
+@pytest.mark.aot
+def test_student_sampling_compiles_and_fits(tmp_path):
+  check(launch_pod(tmp_path, '--programs=sample'), 'sample')
+
+
+@pytest.mark.aot
+def test_train_step_of_short_rows_compiles_and_fits(tmp_path):
+  check(launch_pod(tmp_path, '--programs=train', *SHORT), 'train')
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_every_published_program_compiles_and_fits(tmp_path):
+  check(launch_pod(tmp_path), 'train', 'sample', 'teacher')
+
+
+def test_a_wrong_mesh_is_refused_before_compiling(tmp_path):
+  done = launch_pod(tmp_path, '--config.mesh.tensor=5')
+  assert done.returncode == 2 and 'must equal the device count, 64' in done.stderr
+
+
+@pytest.mark.parametrize('name', ['v5p', 'v9:2x2', 'v5p:4xx4', 'v5p:4x-4'])
+def test_malformed_topology_is_named(name):
+  with pytest.raises(UserError, match='topology'):
+    aot.topology_devices(name)
