@@ -1,8 +1,8 @@
 """What both speed benches share: sizes, the peer process, checks, paired timing and the report.
 
 The peer is the same model in Tunix 0.1.7, in a virtualenv of its own and a process of its own:
-  python3.11 -m venv /work/venv-tunix
-  /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
+  python3.11 -m venv .venv-tunix
+  .venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
 A ratio is taken pair by pair in one run (ours, peer, peer, ours, ...) and is printed only when all
 checks of the run have passed.
 """

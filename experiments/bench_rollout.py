@@ -1,9 +1,9 @@
 """Tokens/s of sampling, beside the vanilla sampler of Tunix 0.1.7 on the same model, as a ratio.
 
-  python -m experiments.bench_rollout --preset=tiny --peer_python=/work/venv-tunix/bin/python
+  python -m experiments.bench_rollout --preset=tiny --peer_python=.venv-tunix/bin/python
 The peer's virtualenv:
-  python3.11 -m venv /work/venv-tunix
-  /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
+  python3.11 -m venv .venv-tunix
+  .venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
 Timed as 'call', ours: `decode.generate` on padded prompt ids, until tokens and log-probs are on
 the host. Tunix: `Sampler.__call__` on the prompts as strings of ids, `group` times each, until
 token lists and log-probs are back, with its tokenising, state set-up and unpadding. As 'compiled':

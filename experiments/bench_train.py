@@ -1,9 +1,9 @@
 """Tokens/s of one GRPO update on given rollouts, beside Tunix 0.1.7 on the same model, as a ratio.
 
-  python -m experiments.bench_train --preset=tiny --peer_python=/work/venv-tunix/bin/python
+  python -m experiments.bench_train --preset=tiny --peer_python=.venv-tunix/bin/python
 The peer's virtualenv:
-  python3.11 -m venv /work/venv-tunix
-  /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
+  python3.11 -m venv .venv-tunix
+  .venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
 Timed, ours: the jitted, state-donating step of `train.step` (forward, GRPO loss, backward, global
 norm, clip, AdamW, metrics) on prepared parts. Tunix: the jitted step of its RL trainer with its
 GRPO loss, from `jit_train_and_eval_step` with the cached graph, as its own loop calls it; the same

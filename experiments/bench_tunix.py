@@ -1,7 +1,7 @@
 """The Tunix side of bench_rollout and bench_train; runs in Tunix's own virtualenv.
 
-  python3.11 -m venv /work/venv-tunix
-  /work/venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
+  python3.11 -m venv .venv-tunix
+  .venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
 Knows nothing of zppo_jax: the first line on stdin names the kind ('rollout' or 'train'), the spec
 and an npz file with weights and inputs; every further line asks for one timed run; each answer is
 one JSON line on stdout. Started by bench_common.Peer.

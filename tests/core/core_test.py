@@ -84,7 +84,8 @@ def test_tree_helpers():
   joined = trees.concat([tree, tree])
   assert joined['a'][0].shape == (4, 3) and joined['a'][1].left.shape == (4,)
   assert trees.pad_axis(jnp.ones((2, 3)), 5, 1, value=7).tolist() == [[1, 1, 1, 7, 7]] * 2
-  assert trees.select(jnp.bool_(False), tree, jax.tree.map(lambda x: x + 5, tree))['a'][0][0, 0] == 5
+  other = jax.tree.map(lambda x: x + 5, tree)
+  assert trees.select(jnp.bool_(False), tree, other)['a'][0][0, 0] == 5
 
 
 def test_user_errors_are_value_errors():
