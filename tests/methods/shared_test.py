@@ -31,7 +31,8 @@ SWITCHES = {
 }
 NAMES = sorted(table.METHODS) + sorted(SWITCHES)
 WIDE = dict(data=2, fsdp=2, tensor=2)
-# A split never sees a method, and credit reduces over the batch by few estimators: one row of a kind.
+# A split never sees a method, and credit reduces over the batch by few estimators: one row of a
+# kind.
 FOUR_MICRO_BATCHES = {'zppo', 'ppo', 'gspo', 'distill_off', 'grpo+switches'}
 CREDIT_ON_EIGHT = {'zppo', 'ppo+kl', 'reinforce_pp', 'remax', 'opd', 'distill_off'}
 
