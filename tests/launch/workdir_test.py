@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import sys
 
 import pytest
 
@@ -21,7 +23,7 @@ def test_new_run_writes_its_facts(tmp_path):
   prepared = workdir.prepare(str(path), CONFIG)
   assert prepared == workdir.Workdir(str(path), None, False)
   assert json.loads((path / 'config.json').read_text()) == CONFIG
-  assert 'pytest' in (path / 'command.txt').read_text()
+  assert (path / 'command.txt').read_text() == shlex.join(sys.orig_argv) + '\n'
   assert os.path.isdir(prepared.checkpoints)
   commit = workdir.git_commit()
   assert (path / 'git.txt').exists() == (commit is not None)

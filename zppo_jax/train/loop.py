@@ -194,7 +194,7 @@ class _Body:
     rows: list = []
     while len(queue) < run.settings.max_staleness and begin + len(queue) < last:
       train_state, item = self._sample(train_state, train_state.params['policy'],
-                                       begin + len(queue))
+                                       begin + len(queue), int(train_state.version))
       queue.append(item)
     for at in range(begin, last):
       self._profile(at)
@@ -225,24 +225,23 @@ class _Body:
     device = {k: float(metrics[k]) for k in ('loss/policy', 'loss/nll') if k in metrics}
     return {'loss': device.get('loss/nll', device.get('loss/policy', 0.0))} | host
 
-  def _sample(self, train_state, params, at: int):
-    method_state, item = sample(self.run, params, train_state.method, at, train_state.version,
-                                self.timer)
+  def _sample(self, train_state, params, at: int, version: int):
+    method_state, item = sample(self.run, params, train_state.method, at, version, self.timer)
     return dataclasses.replace(train_state, method=method_state), item
 
   def _one(self, train_state, queue, at: int):
     """One rollout step: (train state, device metrics, host metrics)."""
     run, stale = self.run, self.run.settings.max_staleness
-    start = time.perf_counter()
+    start, version = time.perf_counter(), int(train_state.version)
     if not stale:
-      train_state, item = self._sample(train_state, train_state.params['policy'], at)
+      train_state, item = self._sample(train_state, train_state.params['policy'], at, version)
       queue.append(item)
     item = queue.popleft()
-    lag = observe.version_lag(item.rollouts, int(train_state.version))
+    lag = observe.version_lag(item.rollouts, version)
     sampler = jax.tree.map(jnp.copy, train_state.params['policy']) if stale else None
     train_state, metrics = _update(run, self.programs, train_state, item, at, self.timer)
     if stale and at + stale < run.settings.num_steps:
-      train_state, ahead = self._sample(train_state, sampler, at + stale)
+      train_state, ahead = self._sample(train_state, sampler, at + stale, version)
       queue.append(ahead)
     train_state = dataclasses.replace(
       train_state, method=self.programs.absorb(train_state.method, item.rollouts))
