@@ -6,6 +6,9 @@ import os
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# Threads of the CPU client. Eight devices wait in several collectives at once, and a thread waits
+# with each: a pool as small as the machine runs dry, and the process is aborted.
+os.environ.setdefault('PJRT_NPROC', '32')
 _FLAGS = {'--xla_force_host_platform_device_count': '8'}
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   # Tests spend their time in the compiler, and the older emitters compile three times as fast. An
