@@ -1,0 +1,1 @@
+"""What every kernel shares: choice of an implementation, and the seams of the Pallas versions."""
