@@ -34,9 +34,12 @@ def preset_name(arg):
 
 def model(name, **changes):
   """A model section by size name."""
-  fields = dict(vocab=0, vocab_multiple=128, qk_norm=True, rope_theta=1e6, norm_eps=1e-6, tied=True,
+  fields = dict(preset='', vocab=0, vocab_multiple=128, qk_norm=True, rope_theta=1e6,
+                norm_eps=1e-6, tied=True,
                 dtype='float32', param_dtype='float32', remat=False, unroll=1, query_chunk=1024,
-                mixers=('full',), context=32_768)
+                mixers=('full',), context=32_768, linear_heads=0, linear_value_heads=0,
+                linear_key_dim=0, linear_value_dim=0, linear_conv=4, linear_rank=0,
+                linear_negative=False, linear_kernel='')
   return config_dict.ConfigDict(fields | MODELS[name] | changes)
 
 

@@ -115,10 +115,15 @@ def pairs_backward(d: Decays, q: Array, erase: Array, write: Array, q_pairs: Arr
 
 
 def inverse(lower: Array) -> Array:
-  """(I + M)^{-1} of strictly lower M [N, C, C], by substitution: no power series."""
-  eye = jnp.eye(lower.shape[-1], dtype=lower.dtype)
-  return jax.lax.linalg.triangular_solve(
-    lower, jnp.broadcast_to(eye, lower.shape), left_side=True, lower=True, unit_diagonal=True)
+  """(I + M)^{-1} of strictly lower M [N, C, C], by joining inverted blocks: no power series."""
+  out = jnp.ones_like(lower, shape=(*lower.shape[:2], 1, 1))
+  for block in _take(lower[:, None]):
+    block = block[:, 0]
+    even, odd = out[:, 0::2], out[:, 1::2]
+    below = -block if block.shape[-1] == 1 else -(odd @ (block @ even))
+    out = jnp.concatenate([jnp.concatenate([even, jnp.zeros_like(below)], -1),
+                           jnp.concatenate([below, odd], -1)], -2)
+  return out[:, 0]
 
 
 def _scalar(d: Decays) -> bool:

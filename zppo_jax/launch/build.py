@@ -18,6 +18,7 @@ from zppo_jax.data.tasks import sources
 from zppo_jax.mesh import place
 from zppo_jax.methods import api, table
 from zppo_jax.models import params as params_lib
+from zppo_jax.models import presets
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.rewards.grade import Grader
 from zppo_jax.sampling import decode
@@ -79,7 +80,8 @@ def build_tokenizer(config: Any, source):
 
 def model_config(section: Any, vocab_size: int = 0) -> ModelConfig:
   """ModelConfig of a config section; `vocab_size` is the tokenizer's."""
-  fields = dict(section)
+  fields = presets.expand(dict(section))
+  fields['linear_kernel'] = fields['linear_kernel'] or None
   multiple = fields.pop('vocab_multiple')
   valid = vocab_size or fields['vocab']
   if not fields['vocab']:

@@ -18,6 +18,8 @@ from zppo_jax.launch.config import (
 from zppo_jax.mesh import place
 from zppo_jax.methods import api, reformulate, table
 from zppo_jax.models import config as model_lib
+from zppo_jax.models import params as params_lib
+from zppo_jax.models import presets
 
 RANGES = {  # dotted field -> (low, low is excluded)
   'num_steps': (1, False), 'max_staleness': (0, False), 'rollout.prompt_tokens': (1, False),
@@ -69,8 +71,13 @@ def _method(config: Any) -> tuple[list[Problem], Any]:
 
 
 def _model(config: Any) -> list[Problem]:
+  found = check_enum('model.preset', config.model.preset, ('', *presets.PRESETS))
+  if found:
+    return found
   fake = build.model_config(config.model, 128)
-  return [Problem(f'model.{p.split(":")[0]}', p.split(': ', 1)[1])
+  found = [p for m in dict.fromkeys(fake.mixers)
+           for p in check_enum('model.mixers', m, params_lib.MIXER_PARAMS)]
+  return found or [Problem(f'model.{p.split(":")[0]}', p.split(': ', 1)[1])
           for p in model_lib.problems(fake)]
 
 

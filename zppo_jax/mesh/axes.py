@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
 from jax.sharding import PartitionSpec as P
 
@@ -51,3 +53,26 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if mesh.empty:
     return x
   return jax.lax.with_sharding_constraint(x, fit(axes, x.shape, mesh))
+
+
+def on_shards(fn: Callable, ins: Sequence[tuple], outs: Sequence[tuple]) -> Callable:
+  """`fn` on the shards of arrays with these logical axes, for code that XLA cannot partition.
+
+  `fn` must treat every named axis entry by entry. An axis that some array cannot split evenly stays
+  whole everywhere. The identity without a mesh, or on one device.
+  """
+  def call(*args):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+      return fn(*args)
+    whole = {name for names, x in zip(ins, args) for name, size, part in zip(
+      names, x.shape, fit(names, x.shape, mesh)) if name and part is None}
+
+    def specs(all_names):
+      return [fit(tuple(None if n in whole else n for n in names), (0,) * len(names), mesh)
+              for names in all_names]
+
+    return jax.shard_map(fn, in_specs=tuple(specs(ins)), out_specs=tuple(specs(outs)),
+                         check_vma=False)(*args)
+
+  return call

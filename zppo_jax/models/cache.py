@@ -19,13 +19,21 @@ class KeyValue:
 
 
 @types.record
+class Recurrent:
+  """State of a linear attention and the last inputs of its short convolution."""
+
+  state: types.Array  # f32[R, B, HV, K, V]
+  conv: types.Array  # [R, B, W - 1, C]
+
+
+@types.record
 class Prefix:
   """What the rows of a group have in common, kept once per group: P prompts of at most L tokens.
 
   The rows that follow it stand group by group, B = P * G.
   """
 
-  layers: tuple[KeyValue, ...]  # [R, P, KV, L, K]
+  layers: tuple  # as of a cache, with P rows
   length: types.Array  # i32[P]
 
 
@@ -49,8 +57,19 @@ def _key_value(config: ModelConfig, rows: int, size: int) -> KeyValue:
   return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-MIXER_CACHES = {'full': _key_value}
+def _recurrent(config: ModelConfig, rows: int, size: int) -> Recurrent:
+  c, heads = config, config.linear_value_heads
+  state = c.repeats, rows, heads, c.linear_key_dim, c.linear_value_dim
+  channels = 2 * c.linear_heads * c.linear_key_dim + heads * c.linear_value_dim
+  return Recurrent(jnp.zeros(state, jnp.float32),
+                   jnp.zeros((c.repeats, rows, c.linear_conv - 1, channels), c.dtype))
+
+
+MIXER_CACHES = {'full': _key_value, 'gdn': _recurrent, 'kda': _recurrent, 'fg2_gdn': _recurrent,
+                'fg2_gdn_plus': _recurrent}
 KV_AXES = ('layers', 'batch', 'kv_heads', None, 'head_dim')
+RECURRENT_AXES = Recurrent(('layers', 'batch', 'heads', None, None),
+                           ('layers', 'batch', None, None))
 
 
 def init(config: ModelConfig, rows: int, size: int) -> Cache:
@@ -59,10 +78,19 @@ def init(config: ModelConfig, rows: int, size: int) -> Cache:
   return Cache(layers, jnp.zeros((rows,), jnp.int32))
 
 
-def split(config: ModelConfig, rows: int, size: int) -> Cache:
-  """Empty split cache."""
+def split(config: ModelConfig, rows: int, size: int, prefix: Prefix | None = None) -> Cache:
+  """Split cache that is empty, or goes on from a prefix [not split] of rows / P samples each."""
   layers = init(config, rows, size).layers
+  if prefix is not None:
+    layers = tuple(_go_on(own, shared, rows) for own, shared in zip(layers, prefix.layers))
   return Cache(unstack(layers, config.repeats), jnp.int32(0), split=True)
+
+
+def _go_on(empty, shared, rows: int):
+  """Attention looks at the prefix itself; a recurrent state is carried on by each row."""
+  if not isinstance(empty, Recurrent):
+    return empty
+  return jax.tree.map(lambda x: jnp.repeat(x, rows // x.shape[1], axis=1), shared)
 
 
 def as_prefix(prompts: Cache) -> Prefix:

@@ -6,7 +6,9 @@ Initial values, shardings and checkpoint templates are all read off the same tre
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +22,14 @@ from zppo_jax.models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """A parameter that does not exist yet. `scale` is the std of a normal, or None for ones."""
+  """A parameter that does not exist yet. `scale` is the std of a normal, or None for ones; `draw`
+  (key, shape) -> values stands above both."""
 
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   scale: float | None
   dtype: str
+  draw: Callable | None = None
 
 
 @types.record
@@ -39,6 +43,24 @@ class Attention:
 
 
 @types.record
+class Delta:
+  """A delta-rule mixer; pairs are (down to a rank, up again). HV value heads, C channels."""
+
+  query: types.Array  # [D, H, K]
+  key: types.Array  # [D, H, K]
+  value: types.Array  # [D, HV, V]
+  conv: types.Array  # [C, W], of queries, keys and values side by side
+  decay: types.Array | tuple  # [D, HV] for gdn, or [D, V], [V, HV, K]
+  decay_scale: types.Array  # f32[HV], logarithm
+  decay_bias: types.Array  # f32[HV] for gdn, or f32[HV, K]
+  rate: types.Array | tuple  # [D, HV] for gdn and kda, or [D, R], [R, HV, K]
+  value_rate: tuple | None  # [D, R], [R, HV, V] of fg2_gdn_plus
+  gate: types.Array | tuple  # [D, HV, V] for gdn, or [D, V], [V, HV, V]
+  norm: types.Array  # [V]
+  out: types.Array  # [HV, V, D]
+
+
+@types.record
 class Mlp:
   gate: types.Array  # [D, F]
   up: types.Array  # [D, F]
@@ -48,7 +70,7 @@ class Mlp:
 @types.record
 class Block:
   mixer_norm: types.Array  # [D]
-  mixer: Attention
+  mixer: Attention | Delta
   mlp_norm: types.Array  # [D]
   mlp: Mlp
 
@@ -87,7 +109,49 @@ def _mlp(c: ModelConfig) -> Mlp:
   return Mlp(gate=wide, up=wide, down=down)
 
 
-MIXER_PARAMS = {'full': _attention}
+def _log_uniform(key, shape):
+  """Logarithm of uniform (1, 16)."""
+  return jnp.log(jax.random.uniform(key, shape, minval=1., maxval=16.))
+
+
+def _time_step(key, shape):
+  """Inverse softplus of a step that is log-uniform in (1e-3, 1e-1)."""
+  step = jnp.exp(jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(1e-1)))
+  return step + jnp.log(-jnp.expm1(-step))
+
+
+def _delta(kind: str, c: ModelConfig) -> Delta:
+  heads, k, v = c.linear_value_heads, c.linear_key_dim, c.linear_value_dim
+  wide = c.hidden**-0.5
+
+  def direct(*shape, axes):
+    return Spec((c.hidden, *shape), ('embed', *axes), wide, c.param_dtype)
+
+  def low_rank(rank, size):
+    return (Spec((c.hidden, rank), ('embed', None), wide, c.param_dtype),
+            Spec((rank, heads, size), (None, 'heads', 'head_dim'), rank**-0.5, c.param_dtype))
+
+  per_head, channels = kind == 'gdn', 2 * c.linear_heads * k + heads * v
+  bias = ((heads,), ('heads',)) if per_head else ((heads, k), ('heads', 'head_dim'))
+  fine = kind in ('fg2_gdn', 'fg2_gdn_plus')
+  rank, head = c.linear_rank or k, ('heads', 'head_dim')
+  return Delta(
+    query=direct(c.linear_heads, k, axes=head), key=direct(c.linear_heads, k, axes=head),
+    value=direct(heads, v, axes=head),
+    conv=Spec((channels, c.linear_conv), (None, None), c.linear_conv**-0.5, c.param_dtype),
+    decay=direct(heads, axes=('heads',)) if per_head else low_rank(v, k),
+    decay_scale=Spec((heads,), ('heads',), None, 'float32', _log_uniform),
+    decay_bias=Spec(*bias, None, 'float32', _time_step),
+    rate=low_rank(rank, k) if fine else direct(heads, axes=('heads',)),
+    value_rate=low_rank(rank, v) if kind == 'fg2_gdn_plus' else None,
+    gate=direct(heads, v, axes=head) if per_head else low_rank(v, v),
+    norm=Spec((v,), ('head_dim',), None, c.param_dtype),
+    out=Spec((heads, v, c.hidden), ('heads', 'head_dim', 'embed'),
+             (heads * v * 2 * c.layers) ** -0.5, c.param_dtype))
+
+
+MIXER_PARAMS = {'full': _attention} | {
+  kind: functools.partial(_delta, kind) for kind in ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')}
 
 
 def abstract(config: ModelConfig) -> Params:
@@ -118,9 +182,11 @@ def materialise(specs, key: jax.Array):
   """Draws every parameter of a tree of `Spec`s; the key of a leaf is its path, not its order."""
 
   def draw(path, spec: Spec):
+    leaf_key = rng.fold(key, trees.path_name(path))
+    if spec.draw is not None:
+      return spec.draw(leaf_key, spec.shape).astype(spec.dtype)
     if spec.scale is None:
       return jnp.ones(spec.shape, spec.dtype)
-    leaf_key = rng.fold(key, trees.path_name(path))
     return (jax.random.normal(leaf_key, spec.shape) * spec.scale).astype(spec.dtype)
 
   return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)

@@ -148,9 +148,9 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
 
   prefix, logits = _prefill(config, params, prompts, settings)
   blocks = decoder.split_blocks(config, params)  # once, not in every step
-  prefix = cache_lib.split_prefix(config, prefix)
   rows = valid.shape[0]
-  cache = cache_lib.split(config, rows, width)
+  cache = cache_lib.split(config, rows, width, prefix)
+  prefix = cache_lib.split_prefix(config, prefix)
   state = _State(cache, logits, jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width)),
                  ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0))
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zppo_jax.core import rng, types
+from zppo_jax.core import rng, trees, types
 from zppo_jax.mesh import place
 from zppo_jax.methods import api
 from zppo_jax.models import heads
@@ -57,13 +57,20 @@ def schedule(peak: float, o: Optim) -> optax.Schedule:
                               [o.warmup_steps])
 
 
+def _decayed(params):
+  """Weight decay pulls to zero: the rates of a recurrent state have no business there."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: trees.path_name(path).split('.')[-1] not in ('decay_scale', 'decay_bias'),
+    params)
+
+
 def make_optimizer(o: Optim) -> optax.GradientTransformation:
   """One AdamW per trainable role, each with its own clip and learning rate."""
   def adamw(rate):
     return optax.chain(
       optax.clip_by_global_norm(o.clip_norm),
       optax.adamw(schedule(rate, o), b1=o.beta1, b2=o.beta2, eps=o.eps,
-                  weight_decay=o.weight_decay))
+                  weight_decay=o.weight_decay, mask=_decayed))
 
   return optax.multi_transform(
     {'policy': adamw(o.learning_rate), 'critic': adamw(o.critic_learning_rate)},

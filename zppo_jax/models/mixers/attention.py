@@ -1,28 +1,17 @@
-"""Token mixers: apply(config, params, x, place, cache, layer) -> (y, cache). One row of MIXERS
-each."""
+"""Softmax attention."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from zppo_jax.core import types
 from zppo_jax.mesh import axes
 from zppo_jax.models import layers
 from zppo_jax.models.cache import KV_AXES, KeyValue
 from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.mixers.place import Place
 
 Array = jax.Array
-
-
-@types.record
-class Place:
-  """Where the tokens of a call stand."""
-
-  positions: Array  # i32[B, T], rotary positions
-  segment_ids: Array  # i32[B, T], 0 = padding
-  start: Array  # i32[B] or i32[], column of the first token in the cache (0 without one)
-  prefix_length: Array | None = None  # i32[P], of a shared prefix
 
 
 def full_attention(config: ModelConfig, params, x: Array, place: Place, cache: KeyValue | None,
@@ -80,6 +69,3 @@ def _write(cache: KeyValue, key: Array, value: Array, start: Array, layer):
       held.at[layer, rows, :, columns].set(jnp.swapaxes(x, 1, 2), mode='drop'), *KV_AXES),
     cache, KeyValue(key, value))
   return new.key[layer], new.value[layer], new
-
-
-MIXERS = {'full': full_attention}

@@ -1,0 +1,16 @@
+"""Token mixers: apply(config, params, x, place, cache, layer, prefix) -> (y, cache), one row each.
+
+`cache` and `layer` are what the mixer remembers and its index in the stack (None: a cache of one
+layer); `prefix` is what it remembers of a prompt that neighbouring rows share.
+"""
+
+import functools
+
+from zppo_jax.models.mixers.attention import full_attention
+from zppo_jax.models.mixers.delta import delta_mixer
+from zppo_jax.models.mixers.place import Place
+
+__all__ = ('MIXERS', 'Place')
+
+MIXERS = {'full': full_attention} | {
+  kind: functools.partial(delta_mixer, kind) for kind in ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')}
