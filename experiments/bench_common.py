@@ -130,13 +130,14 @@ def named_weights(params: Params) -> dict[str, np.ndarray]:
 class Peer:
   """The worker process: one JSON line in, one JSON line out; arrays travel as npz files."""
 
-  def __init__(self, python: str, kind: str, spec: Spec, arrays: dict[str, Any]):
+  def __init__(self, python: str, kind: str, spec: Any, arrays: dict[str, Any],
+               worker: pathlib.Path = WORKER):
     self._folder = tempfile.TemporaryDirectory(prefix='zppo_bench_')
     self._log = open(os.path.join(self._folder.name, 'stderr'), 'w+')
     path = os.path.join(self._folder.name, 'inputs.npz')
     np.savez(path, **arrays)
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    self._process = subprocess.Popen([python, str(WORKER)], stdin=subprocess.PIPE, text=True,
+    self._process = subprocess.Popen([python, str(worker)], stdin=subprocess.PIPE, text=True,
                                      stdout=subprocess.PIPE, stderr=self._log, env=env)
     self.facts = self.ask(kind=kind, spec=dataclasses.asdict(spec), arrays=path,
                           folder=self._folder.name)
@@ -152,7 +153,7 @@ class Peer:
     self._log.seek(0)
     end = self._log.read()[-2000:]
     self.close()
-    raise UserError(f'peer_python: the Tunix worker has died:\n{end}')
+    raise UserError(f'peer_python: its worker has died:\n{end}')
 
   def close(self) -> None:
     """Ends the worker and removes its files; a second call does nothing."""

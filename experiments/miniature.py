@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.miniatures import zppo
+from experiments.miniatures import fg2_gdn, zppo
 from zppo_jax.core.errors import UserError
 from zppo_jax.launch import flags as flags_lib
 
@@ -44,6 +44,11 @@ MINIATURES: Mapping[str, Miniature] = {
     axes=('rollout step', 'P(right answer), 512 held-out questions'),
     run=zppo.run, table=zppo.table, bars=zppo.bars, notes=zppo.notes, record=zppo.record,
     panels=zppo.panels),
+  'fg2-gdn': Miniature(
+    title='FG2-GDN against KDA and GDN at equal state',
+    axes=('fiftieth of training', 'held-out batches'),
+    run=fg2_gdn.run, table=fg2_gdn.table, bars=fg2_gdn.bars, notes=fg2_gdn.notes,
+    record=fg2_gdn.record, panels=fg2_gdn.panels),
 }
 
 

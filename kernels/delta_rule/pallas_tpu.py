@@ -44,10 +44,7 @@ def delta_rule(q, write_key, erase_key, value, log_decay, *, state, segments, sc
     raise NotImplementedError(f'K={q.shape[3]}, V={value.shape[3]}: at most 256')
   batch, time, heads, width = value.shape
   key_heads = tuple(x.shape[2] for x in (q, write_key, erase_key))
-  most = BLOCK if max(q.shape[3], width) <= LANES else BLOCK // 4
-  plan = Plan(scale, heads, key_heads, _padded(q.shape[3]), _padded(width),
-              _block(heads, key_heads, most), CHUNK,
-              passes or (EXACT if q.dtype == jnp.float32 else MIXED), interpret)
+  plan = make_plan(scale, heads, key_heads, q.shape[3], width, q.dtype, interpret, passes)
   decay = jnp.broadcast_to(log_decay.astype(jnp.float32), (*log_decay.shape[:3], q.shape[3]))
   flat = [_flatten(x, size, plan.chunk) for x, size in (
     (q, plan.key), (write_key, plan.key), (erase_key, plan.key), (value, plan.value),
@@ -57,6 +54,14 @@ def delta_rule(q, write_key, erase_key, value, log_decay, *, state, segments, sc
   out, after = _run(plan, *flat, wide, _facts(segments, plan.chunk))
   out = out.reshape(batch, -1, heads, plan.value)[:, :time, :, :width]
   return out, after[:, :, :q.shape[3], :width]
+
+
+def make_plan(scale: float, heads: int, key_heads, key: int, value: int, dtype, interpret: bool,
+              passes: tiles.Passes | None = None) -> Plan:
+  """Static facts of a call with `heads` value heads."""
+  most = BLOCK if max(key, value) <= LANES else BLOCK // 4
+  return Plan(scale, heads, key_heads, _padded(key), _padded(value), _block(heads, key_heads, most),
+              CHUNK, passes or (EXACT if dtype == jnp.float32 else MIXED), interpret)
 
 
 def _padded(size: int) -> int:

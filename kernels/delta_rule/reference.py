@@ -15,8 +15,8 @@ def token(state: Array, q: Array, write_key: Array, erase_key: Array, value: Arr
   state [B, HV, K, V]; q, write_key, erase_key [B, HV, K]; value [B, HV, V]; log_decay
   [B, HV, K or 1].
   """
-  def read(state, key):  # products and a sum: no matrix unit rounds here
-    return jnp.sum(state * key[..., None], axis=-2)
+  def read(state, key):
+    return jnp.einsum('...kv,...k->...v', state, key, precision=jax.lax.Precision.HIGHEST)
 
   state = jnp.exp(log_decay)[..., None] * state
   state += write_key[..., None] * (value - read(state, erase_key))[..., None, :]

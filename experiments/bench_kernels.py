@@ -1,0 +1,202 @@
+"""Times the delta rule: python -m experiments.bench_kernels [--time=4096 --heads=8 --out=DIR]
+
+On this machine, ours against the token scan and, with --peer_python, against the chunked rule of
+transformers in torch, in turn and in one run:
+  python3.11 -m venv .venv-torch
+  .venv-torch/bin/pip install torch==2.13.0 transformers==5.23.0
+A speed-up is printed only for a shape whose numbers have passed. With --aot nothing runs: the TPU
+kernels are compiled for --topology, and their bytes, flops, memory and static schedule printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from experiments import bench_common as common
+from kernels.delta_rule import api, inputs
+from zppo_jax.core.errors import UserError
+from zppo_jax.launch import flags as flags_lib
+
+WORKER = pathlib.Path(__file__).with_name('bench_torch.py')
+BOUND = 1e-4  # relative RMS error to the token scan; equal work in another order of sums
+PARTS = ('forward', 'both')
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  time: int
+  heads: int
+  key: int = 128
+  value: int = 128
+  seed: int = 0
+
+
+def make_arrays(s: Shape) -> dict[str, np.ndarray]:
+  """GDN inputs in float32; `channel_decay` is the vector form, that only we can run."""
+  rng = np.random.default_rng(s.seed)
+
+  def draw(*size):
+    return rng.normal(size=(1, s.time, s.heads, *size)).astype(np.float32)
+
+  def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+  return dict(q=unit(draw(s.key)), key=unit(draw(s.key)), value=draw(s.value),
+              decay=-np.exp(draw() / 2 - 2.5), channel_decay=-np.exp(draw(s.key) / 2 - 2.5),
+              rate=1 / (1 + np.exp(-draw())), weight=draw(s.value))
+
+
+def programs(implementation: str, vector: bool, arrays: dict[str, np.ndarray]):
+  """({part: compiled call}, arguments) of a form: forward, and forward with all gradients."""
+  decay = arrays['channel_decay'] if vector else arrays['decay'][..., None]
+  arguments = [jnp.asarray(x) for x in (arrays['q'], arrays['key'], arrays['value'], decay,
+                                        arrays['rate'])]
+  weight = jnp.asarray(arrays['weight'])
+
+  def rule(q, key, value, decay, rate):
+    return api.delta_rule(q, *inputs.gdn_inputs(key, value, rate), decay,
+                          implementation=implementation)
+
+  def loss(*a):
+    out, state = rule(*a)
+    return jnp.sum(out * weight) + jnp.sum(state)
+
+  compiled = dict(forward=jax.jit(rule), both=jax.jit(jax.grad(loss, argnums=range(5))))
+  compiled = {k: f.lower(*arguments).compile() for k, f in compiled.items()}
+  return {k: functools.partial(f, *arguments) for k, f in compiled.items()}, compiled['both']
+
+
+def error(found, wanted) -> float:
+  """Largest relative RMS error among arrays."""
+  pairs = [(np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel())
+           for a, b in zip(found, wanted)]
+  return max(float(np.sqrt(np.mean((a - b)**2) / np.mean(b**2))) for a, b in pairs)
+
+
+def results(calls) -> list:
+  return [*jax.tree.leaves(calls['forward']()), *calls['both']()]
+
+
+def run(s: Shape, repeats: int, peer_python: str) -> dict[str, Any]:
+  """Seconds of every side and part, after the checks. Raises Refused when a check fails."""
+  arrays = make_arrays(s)
+  sides, checks, memory = {}, [], {}
+  for form in ('scalar', 'vector'):
+    for name in ('chunked', 'reference'):
+      sides[f'{name}_{form}'], compiled = programs(name, form == 'vector', arrays)
+      stats = compiled.memory_analysis()
+      held = stats.argument_size_in_bytes + stats.output_size_in_bytes
+      memory[f'{name}_{form}'] = 1 + stats.temp_size_in_bytes / held
+    checks.append(common.Check(f'chunked {form} against the scan', error(
+      results(sides[f'chunked_{form}']), results(sides[f'reference_{form}'])), BOUND))
+  peer = common.Peer(peer_python, 'kernels', s, arrays, WORKER) if peer_python else None
+  try:
+    if peer:
+      theirs = np.load(peer.facts['outputs'])
+      ours = [sides['chunked_scalar']['forward']()[0], *sides['chunked_scalar']['both']()]
+      ours[4] = ours[4][..., 0]
+      names = ('out', 'd_q', 'd_key', 'd_value', 'd_decay', 'd_rate')
+      checks.append(common.Check('chunked scalar against torch',
+                                 error(ours, [theirs[n] for n in names]), BOUND))
+    common.require(checks)
+    seconds = {f'{side}/{part}': [] for side in sides for part in PARTS}
+    seconds |= {f'torch/{part}': [] for part in PARTS if peer}
+    for turn in range(repeats):
+      for key in list(seconds)[::1 if turn % 2 == 0 else -1]:
+        side, part = key.split('/')
+        if side.startswith('reference') and part == 'both' and turn > 1:
+          continue  # the gradient of the scan is slow and steady
+        took = (peer.ask(part=part)['seconds'] if side == 'torch' else
+                common.seconds(sides[side][part])[0])
+        seconds[key].append(took)
+    facts = peer.facts if peer else {}
+  finally:
+    if peer:
+      peer.close()
+  return dict(shape=dataclasses.asdict(s), versions=dict(jax=jax.__version__), peer=facts,
+              checks=[dataclasses.asdict(c) for c in checks], memory_over_arrays=memory,
+              seconds=seconds)
+
+
+def report(result: dict[str, Any], out: str) -> None:
+  """Prints medians, minima and ratios to each baseline; writes bench_kernels.json and .png."""
+  best = {k: min(x) for k, x in result['seconds'].items()}
+  for check in result['checks']:
+    print(f'  check {check["name"]}: {check["value"]:.2g} <= {check["bound"]:.2g}')
+  for key, x in result['seconds'].items():
+    side, part = key.split('/')
+    line = f'  {key:26s} min {min(x) * 1e3:8.1f} ms, median {np.median(x) * 1e3:8.1f}'
+    if side.startswith('chunked'):
+      line += f', {best[f"reference_{side[8:]}/{part}"] / min(x):.2f}x the scan'
+      if f'torch/{part}' in best:
+        line += f', {best[f"torch/{part}"] / min(x):.2f}x torch'
+    print(line)
+  for side, ratio in result['memory_over_arrays'].items():
+    print(f'  {side:26s} forward and backward hold {ratio:.2f}x their arrays')
+  if out:
+    folder = pathlib.Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'bench_kernels.json').write_text(json.dumps(result, indent=1))
+    _plot(best, result['shape'], folder / 'bench_kernels.png')
+
+
+def _plot(best: dict[str, float], shape: dict[str, Any], path: pathlib.Path) -> None:
+  from matplotlib.figure import Figure  # without pyplot: no global state
+
+  figure = Figure(figsize=(6, 3), layout='constrained')
+  for axes, part, title in zip(figure.subplots(1, 2), PARTS, ('forward', 'forward and backward')):
+    rows = {k.split('/')[0]: t * 1e3 for k, t in best.items() if k.endswith('/' + part)}
+    bars = axes.barh(list(rows)[::-1], list(rows.values())[::-1])
+    axes.bar_label(bars, fmt='%.0f', fontsize=8, padding=2)
+    axes.set_xscale('log')
+    axes.margins(x=0.2)
+    axes.set_xlabel('ms')
+    axes.set_title(title, fontsize=9)
+    axes.spines[['top', 'right']].set_visible(False)
+  title = 'delta rule, T {time}, H {heads}, K {key}, V {value}'.format(**shape)
+  figure.suptitle(title, fontsize=10)
+  figure.savefig(path, dpi=110)
+
+
+def main(argv) -> None:
+  del argv
+  f = flags.FLAGS
+  for name in ('time', 'heads', 'key', 'value', 'repeats'):
+    if f[name].value < 1:
+      raise UserError(f'--{name} must be at least 1, got {f[name].value}')
+  shape = Shape(f.time, f.heads, f.key, f.value)
+  if f.aot:
+    from experiments import bench_kernels_aot
+    found = bench_kernels_aot.compile_all(shape, f.topology, f.chips, f.dtype)
+    print(json.dumps(found, indent=1))
+    return
+  print(f'delta rule on {jax.default_backend()}, {shape}')
+  report(run(shape, f.repeats, f.peer_python), f.out)
+
+
+def define_flags() -> None:
+  flags.DEFINE_integer('time', 4096, 'Tokens.')
+  flags.DEFINE_integer('heads', 8, 'Heads.')
+  flags.DEFINE_integer('key', 128, 'K.')
+  flags.DEFINE_integer('value', 128, 'V.')
+  flags.DEFINE_integer('repeats', 7, 'Runs of each side.')
+  flags.DEFINE_string('peer_python', '', 'Python of a virtualenv with torch and transformers.')
+  flags.DEFINE_string('out', '', 'Folder for bench_kernels.json and .png.')
+  flags.DEFINE_bool('aot', False, 'Compile the TPU kernels ahead of time instead.')
+  flags.DEFINE_string('topology', 'v6e:2x2', 'TPU topology of --aot.')
+  flags.DEFINE_integer('chips', 1, 'Chips of --aot, which share the heads.')
+  flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the inputs of --aot.')
+
+
+if __name__ == '__main__':
+  define_flags()
+  app.run(main, flags_parser=flags_lib.flags_parser)
