@@ -21,7 +21,8 @@ def command(workdir, data):
 
 
 def run(workdir, data):
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'}
+  env = {k: v for k, v in os.environ.items() if k != 'PJRT_NPROC'}
+  env |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
   return subprocess.run(command(workdir, data), cwd=ROOT, env=env, capture_output=True, text=True,
                         check=True)
 

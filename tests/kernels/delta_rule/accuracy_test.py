@@ -11,8 +11,8 @@ from kernels.delta_rule import api, chunked, pallas_tpu, reference, shapes
 
 SINGLE = tuple(shapes.Case(n) for n in (7, 65))
 # The kernel as XLA operations: slow to compile, so each case carries several properties.
-KERNEL = (shapes.Case(65, heads=4, key_heads=2, key=16, value=24, batch=1),
-          shapes.Case(100, heads=2, key_heads=1, batch=1, segments=True),
+KERNEL = (shapes.Case(65, heads=2, key_heads=1, key=16, value=24, batch=1),
+          shapes.Case(100, heads=1, key_heads=1, batch=1, segments=True),
           shapes.Case(100, heads=1, key_heads=1, batch=1, keys='equal', rate=1.99, decay='none'),
           shapes.Case(100, heads=1, key_heads=1, batch=1, keys='positive', rate=.9, decay='mixed'))
 IMPLEMENTATIONS = {
