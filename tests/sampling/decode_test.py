@@ -85,6 +85,24 @@ def test_scores_are_log_softmax_of_the_forward(params):
                              np.where(mask, entropy, 0), atol=1e-5)
 
 
+def test_scores_of_rows_that_share_their_prompt_are_those_of_the_rows_alone():
+  """Log-probs, entropies and the gradient, with forced tokens and an invalid group."""
+  params = models.init(CONFIG, jax.random.key(0))  # rounding grows with the logits: usual size
+  rollout = draw(params, prompts(forced=((), (5, 6), (7,), ()), valid=(True, True, True, False)))
+
+  def scores(params, group):
+    found = score.score(CONFIG, params, rollout, window=NEW, chunk=4, group=group)
+    return jnp.sum(found.logp * jnp.cos(found.logp)), (found.logp, found.entropy)
+
+  (_, alone), grads = jax.jit(jax.value_and_grad(scores, has_aux=True), static_argnums=1)(params, 1)
+  (_, shared), found = jax.jit(jax.value_and_grad(scores, has_aux=True), static_argnums=1)(
+    params, GROUP)
+  for a, b in zip(shared, alone):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(grads)):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()) + 1e-9)
+
+
 def test_a_sample_depends_on_nothing_else_in_the_batch(params):
   whole = responses(draw(params, prompts()))
   for rows, bucket in (((2,), BUCKET), ((3, 1, 0), BUCKET), ((0, 1, 2, 3), 16)):
