@@ -75,6 +75,7 @@ CASES = (
   ('zppo', dict(method__name='grpo', method__tau=0.5), 'method.tau: unknown field'),
   ('zppo', dict(method__group_size=1), 'group_size must be at least 2, got 1'),
   ('zppo', dict(method__rho_aug=0.01), 'rho_aug must give floor'),
+  ('grpo', dict(method__iterations=9999), 'method.iterations: 9999 mini-batches'),
   ('zppo', dict(method__iterations=99), 'iterations must be in 1..num_new = 32, got 99'),
   ('zppo', dict(method__compress_tokens=100), 'rollout.reformulated_tokens: 184 cannot hold'),
   ('zppo', dict(method__compress='teacher'), 'rollout.write_prompt_tokens'),

@@ -167,6 +167,11 @@ def test_instances_follow_the_listing_on_random_steps():
         wrong = np.flatnonzero(~rewards[instance.slot])
         assert instance.traces == tuple(drawn.texts[instance.slot * 8 + i] for i in wrong)
         assert instance.answers == tuple(drawn.answers[instance.slot * 8 + i] for i in wrong)
+      else:  # one right answer of the teacher and one wrong rollout
+        wrong = {drawn.texts[instance.slot * 8 + i]
+                 for i in np.flatnonzero(~rewards[instance.slot])}
+        assert len(instance.traces) == 2 and instance.traces[0] in right[instance.slot]
+        assert instance.traces[1] in wrong
 
 
 def credit_advantage(config, rewards, group_ids):

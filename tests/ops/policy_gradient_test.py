@@ -15,6 +15,7 @@ PAYOFF = jnp.array([1.0, 0.2, 0.5])
 PI = jax.nn.softmax(LOGITS)
 EXACT = np.asarray(jax.grad(lambda z: -(jax.nn.softmax(z) * PAYOFF).sum())(LOGITS))
 ESTIMATORS = {
+  'reinforce': lambda reward, gid, ok, num_groups: advantages.reinforce(reward, ok, baseline=0.3),
   'rloo': advantages.rloo,
   'dr_grpo': lambda *a, **k: advantages.dr_grpo(*a, **k) * G / (G - 1),
   'grpo': advantages.grpo,
@@ -51,6 +52,7 @@ def all_groups():
 def test_by_enumeration_rloo_is_unbiased_and_grpo_is_not():
   arms, prob = all_groups()
   mean = {k: prob @ np.asarray(run(fn, arms)) for k, fn in ESTIMATORS.items()}
+  np.testing.assert_allclose(mean['reinforce'], EXACT, atol=1e-6)
   np.testing.assert_allclose(mean['rloo'], EXACT, atol=1e-6)
   np.testing.assert_allclose(mean['dr_grpo'], EXACT, atol=1e-6)
   assert np.abs(mean['grpo'] - EXACT).max() > 0.5 * np.abs(EXACT).max()

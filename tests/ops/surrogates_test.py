@@ -225,3 +225,11 @@ def test_bad_weights_are_named():
     surrogates.cispo(x, x, x, w_min=3.0, w_max=2.0)
   with pytest.raises(ValueError, match='clip must be > 0 or None, got 0.0'):
     surrogates.value_loss(x, x, x, clip=0.0)
+
+
+def test_log_probs_of_another_shape_do_not_broadcast():
+  wide = jnp.zeros((2, 3))
+  for call in (lambda old: surrogates.clipped(wide, old, wide, eps_low=.2, eps_high=.2),
+               lambda old: surrogates.gspo(wide, old, wide, wide > -1, eps_low=.2, eps_high=.2)):
+    with pytest.raises(ValueError, match=r'old_logp .*\(2, 3\), got \(2, 1\)'):
+      call(wide[:, :1])

@@ -1,14 +1,18 @@
 """The loop around the step: what it logs, what it refuses, and that it compiles nothing twice."""
 
+import dataclasses
 import importlib
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.train import train
 from zppo_jax.core.errors import UserError
 from zppo_jax.launch import workdir
+from zppo_jax.replay import prompts
+from zppo_jax.train import loop
 
 SMALL = {'model.hidden': 32, 'model.inter': 64, 'data.eval_size': 16, 'eval.num_questions': 16,
          'eval.chunk': 16, 'log.progress': False, 'mesh.fsdp': 1, 'mesh.data': -1}
@@ -86,6 +90,15 @@ def test_workdir_of_another_config_shows_the_difference(still):
   with pytest.raises(UserError, match='seed'):
     train(config('zppo', method__name='zppo_ncq', method__num_new=8, method__buffer_capacity=16,
                  num_steps=20, optim__learning_rate=0.0, seed=7), str(still))
+
+
+def test_a_restored_buffer_of_other_questions_is_refused():
+  buffer = prompts.init(4, 2)
+  held = dataclasses.replace(buffer, question_id=buffer.question_id.at[0].set(9),
+                             valid=buffer.valid.at[0].set(True))
+  loop._check_buffers((held, jnp.zeros(3)), num_questions=10)
+  with pytest.raises(UserError, match=r'question_id .*num_questions=9\), got 9'):
+    loop._check_buffers((held, jnp.zeros(3)), num_questions=9)
 
 
 def test_teacher_checkpoint_must_be_a_run(tmp_path):

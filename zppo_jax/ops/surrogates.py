@@ -26,8 +26,17 @@ def check_clip(eps_low: float, eps_high: float, dual_clip: float | None = None) 
     raise ValueError(f'dual_clip must be > 1 or None, got {dual_clip}')
 
 
+def _check_same(logp: Array, old_logp: Array | None) -> None:
+  if old_logp is not None and old_logp.shape != logp.shape:
+    raise ValueError(f'old_logp must have the shape of logp {logp.shape}, got {old_logp.shape}')
+
+
 def log_ratio(logp: Array, old_logp: Array | None) -> Array:
-  """clip(logp - stop_gradient(old_logp), -20, 20), f32[N, T]; gradient in logp only."""
+  """clip(logp - stop_gradient(old_logp), -20, 20), f32[N, T]; gradient in logp only.
+
+  Raises ValueError on unequal shapes: they would broadcast.
+  """
+  _check_same(logp, old_logp)
   return jnp.clip(logp - sg(logp if old_logp is None else old_logp), -20, 20)
 
 
@@ -88,6 +97,7 @@ def gspo(
   Source: GSPO arXiv:2507.18071 (eps_low 3e-4, eps_high 4e-4).
   """
   check_clip(eps_low, eps_high)
+  _check_same(logp, old_logp)
   mask = jnp.asarray(mask, bool)
   logp = jnp.where(mask, logp, 0)
   old = sg(logp) if old_logp is None else sg(jnp.where(mask, old_logp, 0))
@@ -171,5 +181,6 @@ def ratio_max(logp: Array, old_logp: Array | None, mask: Array) -> Array:
 
 
 def _masked_log_ratio(logp, old_logp, mask) -> Array:
+  _check_same(logp, old_logp)
   old_logp = None if old_logp is None else jnp.where(mask, old_logp, 0)
   return log_ratio(jnp.where(mask, logp, 0), old_logp)

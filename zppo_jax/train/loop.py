@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from zppo_jax.core import rng, types
 from zppo_jax.core.errors import UserError
+from zppo_jax.replay import prompts
 from zppo_jax.train import checkpoint, compiles, evaluate, observe, state
 from zppo_jax.train.context import StepContext
 from zppo_jax.train.metrics import MetricWriter, PhaseTimer
@@ -80,6 +81,7 @@ class _Saver:
 
   def restore(self, at: int, abstract):
     train_state, pending, meta = checkpoint.restore(self._manager, at, state=abstract)
+    _check_buffers(train_state.method, len(self._run.setup.questions.source))
     self._run.stream.set_state(meta['stream'])
     queue = collections.deque(
       Sampled(tuple(types.Rollout(**r) for r in rollouts), tuple(m['group_sizes']), m['metrics'],
@@ -89,6 +91,16 @@ class _Saver:
   def close(self) -> None:
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _check_buffers(method_state, num_questions: int) -> None:
+  """Raises UserError when a restored prompt buffer holds questions that the data has not."""
+  is_buffer = lambda x: isinstance(x, prompts.PromptBuffer)
+  for buffer in filter(is_buffer, jax.tree.leaves(method_state, is_leaf=is_buffer)):
+    try:
+      prompts.check_restored(buffer, num_questions)
+    except ValueError as error:
+      raise UserError(f'checkpoint: {error}; is data.path or data.size another one?') from error
 
 
 class _Preemption:
