@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import os
+import pathlib
+
+import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
@@ -17,3 +20,23 @@ if importlib.metadata.version('jaxlib').startswith('0.10.'):
 for _name, _value in _FLAGS.items():
   if _name not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_name}={_value}'.strip()
+
+# Small programs, whose compiling is the cost of their tests.
+_QUICK_FOLDERS = {'kernels', 'models', 'sampling'}
+
+
+@pytest.fixture(scope='module')
+def quick_compiles():
+  """Compiles without most optimisations; for modules where no property needs fast code."""
+  import jax  # after the environment is set
+
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _quick_folders(request):
+  inside = pathlib.Path(request.path).relative_to(pathlib.Path(__file__).parent)
+  if inside.parts[0] in _QUICK_FOLDERS:
+    request.getfixturevalue('quick_compiles')

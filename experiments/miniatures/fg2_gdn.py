@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from experiments.miniatures import fg2_tasks as tasks
+from experiments.miniatures.bars import Bar, mean_error
 
 STREAM, RECALL = tasks.Stream(), tasks.Recall()
 
@@ -22,15 +23,6 @@ class Result(NamedTuple):
   recall_task: tasks.Recall
   stream: dict[str, np.ndarray]  # arm -> error [S, steps]
   recall: dict[str, np.ndarray]  # arm -> accuracy [S, steps]
-
-
-class Bar(NamedTuple):
-  """A pass bar: figure must be above threshold."""
-
-  name: str
-  passed: bool
-  figure: float
-  threshold: float
 
 
 def run(num_seeds: int = 3, *, stream: tasks.Stream = STREAM,
@@ -75,9 +67,9 @@ def table(result: Result) -> list[str]:
                       ('recall, accuracy', result.recall)):
     for arm, curves in arms.items():
       x = final(curves)
-      error = x.std(ddof=1) / len(x)**0.5
+      mean, error = mean_error(x)
       seeds = ' '.join(f'{v:.3f}' for v in x)
-      lines.append(f'{title:22s} {arm:18s} {x.mean():.4f} +- {error:.4f}   {seeds}')
+      lines.append(f'{title:22s} {arm:18s} {mean:.4f} +- {error:.4f}   {seeds}')
   return lines
 
 

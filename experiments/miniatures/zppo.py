@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.miniatures.bars import Bar, mean_error
 from experiments.miniatures.zppo_student import ARMS, TASK, Task, Trained, make_world, train_seeds
 
 
@@ -23,15 +24,6 @@ class Result(NamedTuple):
   num_seeds: int
   steps: int
   arms: dict[str, Trained]  # numpy fields, [S, ...]
-
-
-class Bar(NamedTuple):
-  """A pass bar: figure must be above threshold."""
-
-  name: str
-  passed: bool
-  figure: float
-  threshold: float
 
 
 def run(num_seeds: int = 8, steps: int = 120, *, arms: Sequence[str] = tuple(ARMS),
@@ -54,11 +46,6 @@ def run(num_seeds: int = 8, steps: int = 120, *, arms: Sequence[str] = tuple(ARM
     parts = list(pool.map(train_config, dict.fromkeys(ARMS[name][0] for name in arms)))
   done = {name: trained for part in parts for name, trained in part.items()}
   return Result(num_seeds, steps, {name: done[name] for name in arms})
-
-
-def mean_error(x: np.ndarray) -> tuple[float, float]:
-  """Mean and standard error over seeds."""
-  return float(np.mean(x)), float(np.std(x, ddof=1) / len(x) ** 0.5)
 
 
 def gain(result: Result, arm: str, other: str) -> tuple[float, float]:

@@ -101,6 +101,3 @@ ACCURACY = SMALL + (
   Case(100, decay='mixed'), Case(100, decay='mixed', scalar_decay=True),
   Case(100, keys='equal', rate=.9, decay='none'), Case(100, keys='equal', rate=1.99, decay='none'),
   Case(100, keys='positive', rate=.9, decay='none'), Case(100, keys='positive', rate=1.99))
-
-# What the benchmark times, (T, H) of K = V = 128.
-BENCH = ((4096, 8), (8192, 32), (131072, 32))

@@ -80,7 +80,8 @@ def _heads(plan: Plan, masks: tiles.Masks, refs) -> list[Head]:
               for s, (a, _) in zip(scores, found)]
     if size < tiles.SUBLANES:
       erased = [x + m for x, (_, m) in zip(erased, found)]
-      inverse = [tiles.invert_tiles(x, masks) for x in erased]  # of the last level below 8 is used
+      if 2 * size == tiles.SUBLANES:
+        inverse = [tiles.invert_tiles(x, masks) for x in erased]
     else:
       inverse = [tiles.join(x, m, size, passes.solve) for x, (_, m) in zip(inverse, found)]
   heads = []

@@ -115,7 +115,10 @@ def pairs_backward(d: Decays, q: Array, erase: Array, write: Array, q_pairs: Arr
 
 
 def inverse(lower: Array) -> Array:
-  """(I + M)^{-1} of strictly lower M [N, C, C], by joining inverted blocks: no power series."""
+  """(I + M)^{-1} of strictly lower M [N, C, C], by joining inverted blocks: no power series.
+
+  Not by lax.linalg.triangular_solve: on CPU it can wait for ever when two loops run side by side.
+  """
   out = jnp.ones_like(lower, shape=(*lower.shape[:2], 1, 1))
   for block in _take(lower[:, None]):
     block = block[:, 0]

@@ -11,13 +11,7 @@ from zppo_jax.models import params as params_lib
 from zppo_jax.train import compiles
 from zppo_jax.train import run as run_lib
 
-
-@pytest.fixture(autouse=True)
-def quick_compiles():
-  """Programs are small: compiling them is the cost."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+pytestmark = pytest.mark.usefixtures('quick_compiles')
 
 
 @pytest.mark.parametrize('name', ('zppo_ncq',))

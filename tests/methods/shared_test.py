@@ -38,12 +38,9 @@ CREDIT_ON_EIGHT = {'zppo', 'ppo+kl', 'reinforce_pp', 'remax', 'opd', 'distill_of
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quick_compiles():
-  """Programs are small: compiling them is the cost. No property here needs fast code."""
+def counted_compiles(quick_compiles):
   compiles.install()
-  jax.config.update('jax_disable_most_optimizations', True)
   yield
-  jax.config.update('jax_disable_most_optimizations', False)
   _compiled.cache_clear()
 
 

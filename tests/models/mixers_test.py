@@ -13,16 +13,16 @@ from zppo_jax.mesh import place
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import decoder, presets
 from zppo_jax.models import params as params_lib
+from zppo_jax.models.config import DELTA_KINDS
 from zppo_jax.models.mixers import delta
 from zppo_jax.train import state
 
-KINDS = ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')
 LENGTHS = (40, 33)
 GROUP = 3
 FORWARD = jax.jit(decoder.forward, static_argnums=0)
 
 
-@pytest.fixture(scope='module', params=KINDS)
+@pytest.fixture(scope='module', params=DELTA_KINDS)
 def case(request):
   """(config, params, tokens, logits of the whole rows)."""
   config = models.ModelConfig(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from zppo_jax.core import types
-from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.config import DELTA_KINDS, ModelConfig
 
 
 @types.record
@@ -65,8 +65,7 @@ def _recurrent(config: ModelConfig, rows: int, size: int) -> Recurrent:
                    jnp.zeros((c.repeats, rows, c.linear_conv - 1, channels), c.dtype))
 
 
-MIXER_CACHES = {'full': _key_value, 'gdn': _recurrent, 'kda': _recurrent, 'fg2_gdn': _recurrent,
-                'fg2_gdn_plus': _recurrent}
+MIXER_CACHES = {'full': _key_value} | dict.fromkeys(DELTA_KINDS, _recurrent)
 KV_AXES = ('layers', 'batch', 'kv_heads', None, 'head_dim')
 RECURRENT_AXES = Recurrent(('layers', 'batch', 'heads', None, None),
                            ('layers', 'batch', None, None))

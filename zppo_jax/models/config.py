@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+DELTA_KINDS = ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')  # mixers by the delta rule
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

@@ -9,6 +9,15 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def project(x: Array, weight: Array) -> Array:
+  """x [B, T, D] by weight [D, ...] -> [B, T, ...], as one flat product.
+
+  XLA's CPU backward of a batched product is twice as slow.
+  """
+  wide = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype).reshape(weight.shape[0], -1)
+  return wide.reshape(*x.shape[:2], *weight.shape[1:])
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
   """x / rms(x) * weight over the last axis, in float32, cast back before the product."""
   x32 = x.astype(jnp.float32)

@@ -151,7 +151,7 @@ def _delta(kind: str, c: ModelConfig) -> Delta:
 
 
 MIXER_PARAMS = {'full': _attention} | {
-  kind: functools.partial(_delta, kind) for kind in ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')}
+  kind: functools.partial(_delta, kind) for kind in config_lib.DELTA_KINDS}
 
 
 def abstract(config: ModelConfig) -> Params:

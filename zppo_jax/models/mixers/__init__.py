@@ -6,6 +6,7 @@ layer); `prefix` is what it remembers of a prompt that neighbouring rows share.
 
 import functools
 
+from zppo_jax.models.config import DELTA_KINDS
 from zppo_jax.models.mixers.attention import full_attention
 from zppo_jax.models.mixers.delta import delta_mixer
 from zppo_jax.models.mixers.place import Place
@@ -13,4 +14,4 @@ from zppo_jax.models.mixers.place import Place
 __all__ = ('MIXERS', 'Place')
 
 MIXERS = {'full': full_attention} | {
-  kind: functools.partial(delta_mixer, kind) for kind in ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')}
+  kind: functools.partial(delta_mixer, kind) for kind in DELTA_KINDS}

@@ -17,14 +17,7 @@ Array = jax.Array
 def full_attention(config: ModelConfig, params, x: Array, place: Place, cache: KeyValue | None,
                    layer, prefix: KeyValue | None = None) -> tuple[Array, KeyValue | None]:
   """Causal grouped-query attention with QK-norm and rotary positions; x [B, T, D]."""
-  dtype = x.dtype
-  flat = x.reshape(-1, x.shape[-1])  # plain matrix products: their backward is the faster one
-
-  def project(weight):
-    wide = flat @ weight.astype(dtype).reshape(weight.shape[0], -1)
-    return wide.reshape(*x.shape[:2], *weight.shape[1:])
-
-  query, key, value = project(params.query), project(params.key), project(params.value)
+  query, key, value = (layers.project(x, w) for w in (params.query, params.key, params.value))
   if config.qk_norm:
     query = layers.rms_norm(query, params.query_norm, config.norm_eps)
     key = layers.rms_norm(key, params.key_norm, config.norm_eps)
@@ -47,7 +40,8 @@ def full_attention(config: ModelConfig, params, x: Array, place: Place, cache: K
     filled = jnp.arange(prefix.key.shape[2])[None] < place.prefix_length[:, None]
     shared = prefix.key, prefix.value, filled
   out = layers.attend(query, key, value, mask_of, query_chunk=config.query_chunk, prefix=shared)
-  out = out.reshape(flat.shape[0], -1) @ params.out.astype(dtype).reshape(-1, x.shape[-1])
+  weight = params.out.astype(x.dtype).reshape(-1, x.shape[-1])
+  out = out.reshape(-1, weight.shape[0]) @ weight
   return out.reshape(x.shape), cache
 
 

@@ -45,8 +45,8 @@ def delta_mixer(kind: str, config: ModelConfig, params, x: Array, place: Place,
                      place.segment_ids, decoding=cache is not None)
   out = layers.rms_norm(out, params.norm, config.norm_eps)
   out = out * _gate(kind, config, params, x)
-  y = out.reshape(-1, params.out.shape[0] * params.out.shape[1]) @ params.out.astype(
-    dtype).reshape(-1, x.shape[-1])
+  weight = params.out.astype(dtype).reshape(-1, x.shape[-1])
+  y = out.reshape(-1, weight.shape[0]) @ weight
   if cache is None:
     return y.reshape(x.shape), None
   new = Recurrent(state, recent)
@@ -80,9 +80,8 @@ def causal_conv(x: Array, weight: Array, before: Array | None, segment_ids: Arra
 
 
 def _project(x: Array, weight: Array) -> Array:
-  """[B, T, out] of weight [D, ...], as one flat product."""
-  flat = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype).reshape(weight.shape[0], -1)
-  return flat.reshape(*x.shape[:2], -1)
+  """[B, T, out] of weight [D, ...], its other dims flat."""
+  return layers.project(x, weight).reshape(*x.shape[:2], -1)
 
 
 def _heads(x: Array, size: int) -> Array:
