@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels.common import dispatch
-from kernels.delta_rule import chunked, pallas_tpu, reference
+from kernels.delta_rule import chunked, pallas_gpu, pallas_tpu, reference
 
 Array = jax.Array
 IMPLEMENTATIONS = {'reference': reference.delta_rule, 'chunked': chunked.delta_rule,
-                   'pallas_tpu': pallas_tpu.delta_rule}
+                   'pallas_tpu': pallas_tpu.delta_rule, 'pallas_gpu': pallas_gpu.delta_rule}
 _DEFAULT = {'tpu': ('pallas_tpu', 'chunked')}
 
 
@@ -29,7 +29,7 @@ def delta_rule(q: Array, write_key: Array, erase_key: Array, value: Array, log_d
   state belongs to the first segment. scale defaults to K ** -0.5.
 
   `implementation=None` takes the fastest that can run here; a name (reference, chunked,
-  pallas_tpu) runs or raises NotImplementedError. Returns (out [B, T, HV, V] of the
+  pallas_tpu, pallas_gpu) runs or raises NotImplementedError. Returns (out [B, T, HV, V] of the
   dtype of value, state f32[B, HV, K, V]). Raises ValueError on shapes or dtypes that do not fit,
   and, outside jit, on a log-decay that is positive or NaN. arXiv 2604.19021, 2510.26692.
   """

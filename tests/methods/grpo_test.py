@@ -196,6 +196,9 @@ def test_kl_needs_a_reference():
   with pytest.raises(UserError, match='reference'):
     run_lib.frozen_roles(run)
   assert run_lib.frozen_roles(tiny.make_run('grpo')) == ({}, {})
+  idle = dataclasses.replace(tiny.make_run('grpo'), reference=tiny.weights(5))
+  with pytest.raises(UserError, match='kl_beta = 0'):
+    run_lib.frozen_roles(idle)
 
 
 def test_scores_come_only_from_roles_that_are_needed():

@@ -125,7 +125,8 @@ def make_run(name: str, *, shape=None, grader=None, optim=OPTIM, settings=SETTIN
     step_settings=settings,
     settings=run_lib.LoopSettings(num_steps=3, dump_every=0),
     stream=batches.prompt_stream(source(), batch_size=fields['num_new'], seed=0), workdir='',
-    reference=weights(5), warm_start=weights(1), progress=False)
+    reference=weights(5) if 'reference' in method.needs else None, warm_start=weights(1),
+    progress=False)
 
 
 def copy(tree):

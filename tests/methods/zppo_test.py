@@ -16,6 +16,7 @@ from zppo_jax.data import templates
 from zppo_jax.methods import api, guidance, second_phase, table, zppo
 from zppo_jax.methods import reformulate as text
 from zppo_jax.models import decoder
+from zppo_jax.models import params as params_lib
 from zppo_jax.replay import prompts as prompt_buffer
 from zppo_jax.train import context, prepare
 from zppo_jax.train import run as run_lib
@@ -431,13 +432,15 @@ def logp_of(rollout: types.Rollout) -> np.ndarray:
   return np.pad(np.asarray(found), ((0, 0), (1, 0)))
 
 
-def test_candidates_condition_and_are_never_a_target():
+@pytest.mark.parametrize('kind', [BCQ, NCQ])
+def test_candidates_condition_and_are_never_a_target(kind):
   """Truth 4: every loss token is the student's own; other candidates change the prompt alone."""
   _, ctx = real_context('zppo')
   found = []
   for trace in ('1+2=3', '9-9=0'):
-    body = text.build_ncq('1+2', [trace], [], text.SHORT)
-    group = api.Group(0, kind=NCQ, messages=(types.Message('user', body),))
+    body = (text.build_ncq('1+2', [trace], [], text.SHORT) if kind == NCQ else
+            text.build_bcq('1+2', '1+2=3', trace, np.random.default_rng(0), text.SHORT))
+    group = api.Group(0, kind=kind, messages=(types.Message('user', body),))
     found.append(ctx.draw([group], capacity=2, reformulated=True).rollout)
   a, b = (jax.tree.map(np.asarray, r) for r in found)
   prompt = len(ctx._setup.questions.render((types.Message('user', body),)))
@@ -455,6 +458,44 @@ def test_candidates_condition_and_are_never_a_target():
   one, two = (credit((), jax.tree.map(jnp.asarray, r), scores)[1] for r in (held, other))
   jax.tree.map(np.testing.assert_array_equal, one, two)
   assert (np.asarray(one.mask) <= a.loss_mask).all()
+
+
+def test_one_minibatch_leaves_every_ratio_at_one():
+  """Truth 10, with both kinds of reformulated groups in the step."""
+  run = tiny.make_run('zppo', iterations=1)
+  programs, kinds = run_lib.compile_programs(run), set()
+  now = run_lib.initial_state(run, programs)
+  with jax.set_mesh(run.setup.mesh):
+    for at in range(3):
+      taken = tiny.take_step(run, programs, now, at)
+      now = taken.after
+      valid = [np.asarray(r.valid) for r in taken.item.rollouts]
+      kinds |= {k for r, v in zip(taken.item.rollouts, valid) for k in np.asarray(r.kind)[v]}
+      assert taken.metrics['ratio/ratio_mean'] == 1 and taken.metrics['ratio/approx_kl'] == 0
+      assert not any(taken.metrics[f'ratio/clip_frac_{s}'] for s in ('low', 'high', 'dual'))
+  assert kinds == {0, BCQ, NCQ} and now.updates > 0
+
+
+def test_a_teacher_of_another_tokenizer_exchanges_text_alone():
+  known = tiny.tokenizer()
+  other = dataclasses.replace(known, characters=known.characters[::-1])
+  run = tiny.make_run('zppo')
+  questions = dataclasses.replace(tiny.questions(), tokenizer=other)
+  model = tiny.model(vocab=-(-other.vocab_size // 8) * 8, num_valid=other.vocab_size)
+  setup = dataclasses.replace(run.setup, teacher_questions=questions, teacher=(
+    model, params_lib.init(model, jax.random.key(7))))
+  ctx = context.StepContext(setup, tiny.weights(1), step=0, version=0, stream=run.stream)
+  drawn = ctx.draw([api.Group(3)], capacity=1, role=types.TEACHER)
+  r = jax.tree.map(np.asarray, drawn.rollout)
+  assert questions.plain_ids(3) != tiny.questions().plain_ids(3)
+  assert tuple(r.tokens[0, r.segment_ids[0] > 0])[:len(questions.plain_ids(3))] == (
+    questions.plain_ids(3))
+  assert drawn.texts == tuple(other.decode(t[m].tolist()) for t, m in zip(r.tokens, r.turn_id > 0))
+  for name in ('distill_on', 'opd'):
+    with pytest.raises(UserError, match='another tokenizer'):
+      distilled = tiny.make_run(name)
+      run_lib.frozen_roles(dataclasses.replace(distilled, setup=dataclasses.replace(
+        distilled.setup, teacher_questions=questions)))
 
 
 def test_a_forced_prefix_is_outside_the_loss_but_conditions():

@@ -83,3 +83,4 @@ def test_bad_group_ids_are_named(ids, message):
 def test_good_group_ids_pass_in_any_order():
   groups.check_group_ids(np.array([1, 0, 1, 0]), 2, 2)
   groups.check_group_ids(np.array([1, 0, 1, 0, 0]), 2, 2)  # a trajectory of two rows
+  groups.check_group_ids(np.array([2, 2]), 3, 2)  # of slots that stay empty nothing is asked

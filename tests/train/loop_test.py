@@ -10,9 +10,11 @@ import pytest
 
 from experiments.train import train
 from zppo_jax.core.errors import UserError
-from zppo_jax.launch import workdir
+from zppo_jax.data import tokenizer as tokenizer_lib
+from zppo_jax.launch import build, workdir
+from zppo_jax.mesh import place
 from zppo_jax.replay import prompts
-from zppo_jax.train import loop
+from zppo_jax.train import context, loop
 
 SMALL = {'model.hidden': 32, 'model.inter': 64, 'data.eval_size': 16, 'eval.num_questions': 16,
          'eval.chunk': 16, 'log.progress': False, 'mesh.fsdp': 1, 'mesh.data': -1}
@@ -75,7 +77,7 @@ def test_plots_and_page_are_written(still):
 
 
 def test_non_finite_gradient_stops_with_the_step_and_keeps_the_state(tmp_path):
-  with pytest.raises(UserError, match='non-finite gradient at step 2'):
+  with pytest.raises(UserError, match=r'non-finite gradient at step 2 \(metrics not finite: \w'):
     train(config('sft', method__num_new=8, num_steps=6, optim__learning_rate=1e30,
                  optim__warmup_steps=0, log__every_steps=1, data__eval_size=8), str(tmp_path))
   assert workdir.latest_step(str(tmp_path)) == 2
@@ -99,6 +101,18 @@ def test_a_restored_buffer_of_other_questions_is_refused():
   loop._check_buffers((held, jnp.zeros(3)), num_questions=10)
   with pytest.raises(UserError, match=r'question_id .*num_questions=9\), got 9'):
     loop._check_buffers((held, jnp.zeros(3)), num_questions=9)
+
+
+def test_a_teacher_with_another_tokenizer_reads_and_writes_its_own(still):
+  other = tokenizer_lib.build_tokenizer(dict(kind='char', pieces=('+1', '=2')))
+  own = context.Questions(None, other, 'plain')
+  (_, weights), questions = build._load_teacher(str(still), own, place.make_mesh({'data': -1}))
+  assert questions.tokenizer.fingerprint != other.fingerprint and questions.template == 'plain'
+  assert weights.embed.shape[0] >= questions.tokenizer.vocab_size
+  same = dataclasses.replace(own, tokenizer=questions.tokenizer)
+  assert build._load_teacher(str(still), same, place.make_mesh({'data': -1}))[1] is None
+  with pytest.raises(UserError, match='init.checkpoint.* trained with another tokenizer'):
+    build._load_init(str(still), None, other, place.make_mesh({'data': -1}))
 
 
 def test_teacher_checkpoint_must_be_a_run(tmp_path):

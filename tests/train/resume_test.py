@@ -1,5 +1,6 @@
 """A run that is killed again and again ends where the unbroken one does, bit for bit."""
 
+import fcntl
 import json
 import os
 import random
@@ -17,6 +18,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SMALL = ('--config.model.hidden=32', '--config.model.inter=64', '--config.data.eval_size=16',
          '--config.eval.num_questions=16', '--config.eval.chunk=16',
          '--config.rollout.prompt_tokens=32', '--config.rollout.max_new_tokens=40')
+WARM = ('--config.num_steps=100', '--config.optim.learning_rate=5e-3',
+        '--config.log.every_steps=50')
 STEPS, KILLS = 14, 10
 
 
@@ -57,15 +60,22 @@ def final_state(workdir):
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
   """A compilation cache and a warm start that solves some questions, so that steps change
-  weights."""
-  folder = tmp_path_factory.mktemp('resume')
-  run(command('sft.py', folder / 'warm', folder / 'cache', '--config.num_steps=100',
-              '--config.optim.learning_rate=5e-3', '--config.log.every_steps=50'))
+  weights; one for all workers of a session."""
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    folder = folder.parent
+  folder = folder / 'resume'
+  folder.mkdir(exist_ok=True)
+  with open(folder / 'lock', 'w', encoding='utf-8') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (folder / 'warm' / 'DONE').exists():
+      run(command('sft.py', folder / 'warm', folder / 'cache', *WARM))
   return folder
 
 
 def zppo(base, name, *extra):
-  return command('zppo.py', base / name, base / 'cache', '--config.method.name=zppo_ncq',
+  """With a replay buffer; a start is mostly tracing, so the second phase is for one test."""
+  return command('zppo.py', base / name, base / 'cache', '--config.method.name=zppo_grpo_buffer',
                  '--config.method.num_new=8', '--config.method.buffer_capacity=16',
                  f'--config.init.checkpoint={base / "warm"}', f'--config.num_steps={STEPS}',
                  '--config.eval.every_steps=5', '--config.ckpt.every_steps=1', *extra)
@@ -96,14 +106,18 @@ def test_kills_at_random_moments_change_nothing(base):
 
 def test_second_run_says_that_it_is_done(base):
   before = (base / 'warm' / 'metrics.jsonl').read_bytes()
-  done = run(command('sft.py', base / 'warm', base / 'cache', '--config.num_steps=100',
-                     '--config.optim.learning_rate=5e-3', '--config.log.every_steps=50'))
+  done = run(command('sft.py', base / 'warm', base / 'cache', *WARM))
   assert 'nothing left to do' in done.stdout
   assert (base / 'warm' / 'metrics.jsonl').read_bytes() == before
 
 
 def test_stale_rollouts_resume_too_and_lag_by_the_bound(base):
-  extra = ('--config.max_staleness=2', '--config.allow_uncorrected_staleness=True')
+  """With a teacher in the prompt too: its answers and the coin of BCQ come back the same."""
+  extra = ('--config.max_staleness=2', '--config.allow_uncorrected_staleness=True',
+           '--config.method.name=zppo', '--config.method.tau=1.0', '--config.method.compress=tail',
+           '--config.method.compress_tokens=16', '--config.rollout.reformulated_tokens=264',
+           '--config.method.teacher_group_size=8', '--config.method.teacher_chunk=8',
+           f'--config.teacher.checkpoint={base / "warm"}')
   run(zppo(base, 'stale', *extra))
   process = subprocess.Popen(zppo(base, 'stale_broken', *extra), cwd=ROOT, env=environment(),
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -117,6 +131,7 @@ def test_stale_rollouts_resume_too_and_lag_by_the_bound(base):
   jax.tree.map(np.testing.assert_array_equal, whole[0], broken[0])
   rows = [json.loads(x) for x in (base / 'stale' / 'metrics.jsonl').read_text().splitlines()]
   assert [r['version_lag/max'] for r in rows if r['step']] == [0, 1] + [2] * (STEPS - 2)
+  assert any(r.get('group/kind1_count', 0) for r in rows), 'no BCQ group: it proves nothing'
 
 
 def test_sigterm_saves_and_asks_for_a_restart(base):

@@ -218,3 +218,5 @@ def test_roles_learn_at_their_own_rate():
   updates, _ = optimizer.update(grads, optimizer.init(params), params)
   np.testing.assert_allclose(updates['policy'], -1e-2, rtol=1e-4)  # its clip never saw the critic
   assert not np.asarray(updates['critic']).any()
+  with pytest.raises(ValueError, match=r"\['teacher'\] are frozen and cannot enter"):
+    optimizer.init(params | {'teacher': jnp.ones(3)})

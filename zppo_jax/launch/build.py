@@ -122,13 +122,24 @@ def write_facts(workdir: str, config: ModelConfig, tokenizer) -> None:
   tokenizer_lib.save(tokenizer, os.path.join(workdir, 'tokenizer.json'))
 
 
-def _load_role(folder: str, name: str, tokenizer, mesh):
-  """Prompts are rendered once for all roles, so every role must share the tokenizer."""
-  model, params, facts = load_policy(folder, mesh)
+def _load_init(folder: str, model: ModelConfig, tokenizer, mesh):
+  """Weights of a warm start: of the run's own architecture and tokenizer."""
+  found, params, facts = load_policy(folder, mesh)
   if facts['tokenizer'] != tokenizer.fingerprint:
-    raise UserError(f'{name}.checkpoint: {folder} was trained with another tokenizer '
+    raise UserError(f'init.checkpoint: {folder} was trained with another tokenizer '
                     f'({facts["tokenizer"]}, this run {tokenizer.fingerprint})')
-  return model, params
+  if found != model:
+    raise UserError(f'init.checkpoint: {folder} holds {found}, this run {model}')
+  return params
+
+
+def _load_teacher(folder: str, questions: Questions, mesh):
+  """((config, params), questions in its own tokens, or None where they are the policy's)."""
+  model, params, facts = load_policy(folder, mesh)
+  if facts['tokenizer'] == questions.tokenizer.fingerprint:
+    return (model, params), None
+  own = tokenizer_lib.load(os.path.join(folder, 'tokenizer.json'))
+  return (model, params), dataclasses.replace(questions, tokenizer=own)
 
 
 def sampling_settings(config: Any, stop_id: int) -> decode.Settings:
@@ -201,20 +212,18 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   check_lengths(questions, prompt_tokens=config.rollout.prompt_tokens, response_tokens=given)
   check_lengths(held_out, prompt_tokens=config.rollout.prompt_tokens, response_tokens=None)
   sampling = sampling_settings(config, questions.stop_id)
-  teacher = warm = None
+  teacher = teacher_questions = warm = None
   if config.teacher.checkpoint:
-    teacher = _load_role(config.teacher.checkpoint, 'teacher', tokenizer, mesh)
+    teacher, teacher_questions = _load_teacher(config.teacher.checkpoint, questions, mesh)
   if config.init.checkpoint:
-    found, warm = _load_role(config.init.checkpoint, 'init', tokenizer, mesh)
-    if found != model:
-      raise UserError(f'init.checkpoint: {config.init.checkpoint} holds {found}, this run {model}')
+    warm = _load_init(config.init.checkpoint, model, tokenizer, mesh)
   r, e = config.rollout, config.eval
   setup = Setup(
     model=model, questions=questions, grader=grader, sampling=sampling,
     group_size=method.group_size, prompt_tokens=r.prompt_tokens,
     reformulated_tokens=r.reformulated_tokens, seed=config.seed, teacher=teacher,
-    write_prompt_tokens=r.write_prompt_tokens, write_chunk=r.write_chunk,
-    chunk_groups=r.chunk_groups,
+    teacher_questions=teacher_questions, write_prompt_tokens=r.write_prompt_tokens,
+    write_chunk=r.write_chunk, chunk_groups=r.chunk_groups,
     allow_fractional=config.data.allow_fractional, mesh=mesh)
   eval_sampling = dataclasses.replace(sampling, temperature=e.temperature, top_k=e.top_k,
                                       top_p=e.top_p, min_p=e.min_p)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from typing import Literal
@@ -117,6 +118,7 @@ def on_mask(mask: Array, x: Array | None) -> Array | None:
   return None if x is None else jnp.where(mask, x, 0.0)
 
 
+@functools.cache
 def policy(c: PolicyLoss) -> api.Term:
   """The one policy-gradient term: surrogate * token_weight * is_weight, aggregated."""
   check_policy_loss(c)
@@ -142,6 +144,7 @@ def policy(c: PolicyLoss) -> api.Term:
   return term
 
 
+@functools.cache
 def kl_penalty(beta: float, kind: str, aggregation: Aggregation,
                max_tokens: int | None = None) -> api.Term:
   """beta * KL estimate to the reference on the sampled tokens; k1 has no gradient and is
@@ -158,6 +161,7 @@ def kl_penalty(beta: float, kind: str, aggregation: Aggregation,
   return term
 
 
+@functools.cache
 def entropy_bonus(weight: float, aggregation: Aggregation,
                   max_tokens: int | None = None) -> api.Term:
   """-weight * entropy of the policy at the sampled positions."""
@@ -170,6 +174,7 @@ def entropy_bonus(weight: float, aggregation: Aggregation,
   return term
 
 
+@functools.cache
 def value_error(clip: float) -> api.Term:
   """Critic loss 0.5 max((V - R)^2, (clip(V) - R)^2), a mean over tokens."""
 
@@ -182,6 +187,7 @@ def value_error(clip: float) -> api.Term:
   return term
 
 
+@functools.cache
 def cross_entropy(aggregation: Aggregation = 'token_mean') -> api.Term:
   """-log pi(y), weighted by token_weight where there is one."""
 
@@ -195,6 +201,7 @@ def cross_entropy(aggregation: Aggregation = 'token_mean') -> api.Term:
   return term
 
 
+@functools.cache
 def teacher_divergence(kind: str, *, beta: float, temperature: float, chunk: int,
                        aggregation: Aggregation = 'token_mean') -> api.Term:
   """Full-vocabulary divergence between teacher and student at every loss token."""

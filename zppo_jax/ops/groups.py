@@ -58,7 +58,7 @@ def group_stats(
 
 
 def check_group_ids(group_id, num_groups: int, group_size: int) -> None:
-  """Host check: ids in [0, num_groups) and at least `group_size` rows in each group.
+  """Host check: ids in [0, num_groups) and at least `group_size` rows in each group that occurs.
 
   Raises ValueError naming the argument, the bound and the value.
   """
@@ -68,10 +68,10 @@ def check_group_ids(group_id, num_groups: int, group_size: int) -> None:
   outside = ids[(ids < 0) | (ids >= num_groups)]
   if outside.size:
     raise ValueError(f'group_id must be in [0, num_groups={num_groups}), got {outside[0]}')
-  count = np.bincount(ids, minlength=num_groups)
+  found, count = np.unique(ids, return_counts=True)
   short = np.flatnonzero(count < group_size)
   if short.size:
     raise ValueError(
       f'group_id: every group must have group_size={group_size} rows, '
-      f'group {short[0]} has {count[short[0]]}'
+      f'group {found[short[0]]} has {count[short[0]]}'
     )

@@ -75,6 +75,7 @@ class Setup:
   reformulated_tokens: int  # bucket of prompts with candidates
   seed: int
   teacher: tuple[ModelConfig, Any] | None = None  # (config, params), frozen
+  teacher_questions: Questions | None = None  # of a teacher with another tokenizer
   write_prompt_tokens: int = 0  # bucket of instructions to the teacher
   write_chunk: int = 64  # instructions per teacher call
   chunk_groups: int = 0  # most groups per call of the sampler, bounding its cache; 0 = all
@@ -143,8 +144,13 @@ class StepContext:
     """Ratios counted so far."""
     return {k: n / d if d else 0.0 for k, (n, d) in self._counts.items()}
 
-  def _prompt_ids(self, group: api.Group) -> tuple[int, ...]:
-    questions = self._setup.questions
+  def _questions(self, role: int) -> Questions:
+    """Who renders and reads for a role: teachers may have a tokenizer of their own."""
+    own = self._setup.teacher_questions if role == types.TEACHER else None
+    return own or self._setup.questions
+
+  def _prompt_ids(self, group: api.Group, role: int = types.POLICY) -> tuple[int, ...]:
+    questions = self._questions(role)
     if group.messages is None:
       return questions.plain_ids(group.question)
     return questions.render(group.messages)
@@ -156,8 +162,8 @@ class StepContext:
                       f'{len(ids)} tokens, the largest bucket holds {bucket}')
 
   def _prompts(self, groups, *, capacity: int, first_id: int, bucket: int,
-               forced_tokens: int) -> decode.Prompts:
-    rows = [self._prompt_ids(g) for g in groups]
+               forced_tokens: int, role: int) -> decode.Prompts:
+    rows = [self._prompt_ids(g, role) for g in groups]
     for group, ids in zip(groups, rows):
       self._check_fits(group, ids, bucket, 'prompt')
       self._check_fits(group, group.forced, forced_tokens, 'forced prefix')
@@ -191,14 +197,14 @@ class StepContext:
     bucket = setup.reformulated_tokens if reformulated else setup.prompt_tokens
     if any(g.response is not None for g in groups):
       rollout = self._given(groups, capacity=capacity, first_id=first_id, bucket=bucket)
-      return self._finish(rollout, groups, 1, capacity, graded=False)
+      return self._finish(rollout, groups, 1, capacity, graded=False, role=types.POLICY)
     settings = dataclasses.replace(setup.sampling, group_size=size)
     if greedy:
       settings = dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
     prompts = self._prompts(groups, capacity=capacity, first_id=first_id, bucket=bucket,
-                            forced_tokens=forced_tokens)
+                            forced_tokens=forced_tokens, role=role)
     rollout = self._generate(prompts, settings, role)
-    return self._finish(rollout, groups, size, capacity, graded=True)
+    return self._finish(rollout, groups, size, capacity, graded=True, role=role)
 
   def _generate(self, prompts: decode.Prompts, settings: decode.Settings, role: int):
     setup = self._setup
@@ -206,6 +212,8 @@ class StepContext:
       raise UserError('teacher: the method samples a teacher, but the run has none')
     config, params = setup.teacher if role == types.TEACHER else (setup.model, self._params)
     name = 'teacher' if role == types.TEACHER else 'policy'
+    if self._questions(role) is not setup.questions:
+      settings = dataclasses.replace(settings, eos_ids=(self._questions(role).stop_id,))
     if setup.mesh is not None:
       prompts = jax.device_put(prompts, place.replicated(setup.mesh))
     slots = prompts.valid.shape[0]
@@ -253,11 +261,11 @@ class StepContext:
     return jax.tree.map(jnp.asarray, rollout)
 
   def _finish(self, rollout: types.Rollout, groups, size: int, capacity: int, *,
-              graded: bool) -> api.Drawn:
+              graded: bool, role: int) -> api.Drawn:
     """Decodes and grades the rows, and puts the rewards into the rollout."""
     slots = (*groups, *[None] * (capacity - len(groups)))
     with self._timer('reward'):
-      texts = self._texts(rollout, len(groups) * size)
+      texts = self._texts(rollout, len(groups) * size, role)
       reward, answers = np.asarray(rollout.reward), [None] * len(texts)
       if graded and groups:
         examples = [self.example(g.question) for g in groups for _ in range(size)]
@@ -271,9 +279,10 @@ class StepContext:
     return api.Drawn(rollout, slots, size, (*texts, *[''] * blank), (*answers, *[None] * blank),
                      reward.astype(np.float32))
 
-  def _texts(self, rollout: types.Rollout, rows: int) -> list[str]:
+  def _texts(self, rollout: types.Rollout, rows: int, role: int) -> list[str]:
     tokens, turns = jax.device_get((rollout.tokens, rollout.turn_id))
-    return [self.decode(tokens[i][turns[i] > 0].tolist()) for i in range(rows)]
+    decode_ids = self._questions(role).tokenizer.decode
+    return [decode_ids(tokens[i][turns[i] > 0].tolist()) for i in range(rows)]
 
   def write(self, prompts: Sequence[str], *, max_tokens: int, tag: str) -> list[str]:
     setup = self._setup
@@ -284,7 +293,9 @@ class StepContext:
       part = prompts[begin:begin + setup.write_chunk]
       groups = [api.Group(-1, messages=(types.Message('user', p),)) for p in part]
       packed = self._prompts(groups, capacity=setup.write_chunk, first_id=0,
-                             bucket=setup.write_prompt_tokens, forced_tokens=0)
-      found += self._texts(self._generate(packed, settings, types.TEACHER), len(part))
+                             bucket=setup.write_prompt_tokens, forced_tokens=0,
+                             role=types.TEACHER)
+      found += self._texts(self._generate(packed, settings, types.TEACHER), len(part),
+                           types.TEACHER)
     self.count(f'write/{tag}', len(prompts), 1)
     return found

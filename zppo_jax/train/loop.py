@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 import resource
 import signal as signals
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 
 from zppo_jax.core import rng, types
 from zppo_jax.core.errors import UserError
+from zppo_jax.ops import groups
 from zppo_jax.replay import prompts
 from zppo_jax.train import checkpoint, compiles, evaluate, observe, state
 from zppo_jax.train.context import StepContext
@@ -48,15 +50,24 @@ def sample(run: Run, params, method_state, at: int, version, timer) -> tuple[Any
   ctx = StepContext(run.setup, params, step=at, version=int(version), stream=run.stream,
                     timer=timer)
   with timer('plan'):
-    method_state, groups = run.method.plan(method_state, batch, ctx)
-  drawn = ctx.draw(groups, capacity=run.method.capacity, group_size=run.method.group_size)
+    method_state, planned = run.method.plan(method_state, batch, ctx)
+  drawn = ctx.draw(planned, capacity=run.method.capacity, group_size=run.method.group_size)
   method_state, parts = run.method.explore(method_state, drawn, ctx)
+  _check_groups(parts)
   found = ctx.metrics() | observe.rollout_metrics(parts)
   dump = []
   if run.settings.dump_every and at % run.settings.dump_every == 0:
     dump = observe.readable(parts, ctx, run.settings.dump_rows)
   return method_state, Sampled(tuple(p.rollout for p in parts),
                                tuple(p.group_size for p in parts), found, dump)
+
+
+def _check_groups(parts) -> None:
+  """Raises ValueError on a group that is not whole, before credit compares its rows."""
+  total = sum(p.rollout.valid.shape[0] for p in parts)
+  for part in parts:
+    ids, valid = jax.device_get((part.rollout.group_id, part.rollout.valid))
+    groups.check_group_ids(ids[valid], total, part.group_size)
 
 
 class _Saver:
@@ -155,7 +166,9 @@ def _fetch(run: Run, rows: list[tuple[int, dict, dict]], writer: MetricWriter) -
     bad = found.pop('nonfinite_max', 0.0)
     writer.write_scalars(at, host | found)
     if bad:
-      raise UserError(f'non-finite gradient at step {at}: parameters before the step are kept in '
+      names = [k for k, v in found.items() if not math.isfinite(v)] or ['none']
+      raise UserError(f'non-finite gradient at step {at} (metrics not finite: '
+                      f'{", ".join(names)}): parameters before the step are kept in '
                       f'{run.workdir}/checkpoints and its rollouts in {run.workdir}/rollouts')
   rows.clear()
 

@@ -70,11 +70,17 @@ def frozen_roles(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
   if run.method.needs & {'teacher_hidden', 'teacher_logp'}:
     if run.setup.teacher is None:
       raise UserError('teacher: the method scores with a teacher, but the run has none')
+    if run.setup.teacher_questions is not None:
+      raise UserError('teacher: the method compares token probabilities, but the teacher has '
+                      'another tokenizer')
     configs['teacher'], params['teacher'] = run.setup.teacher
   if 'reference' in run.method.needs:
     if run.reference is None:
       raise UserError('reference: the method has a KL term, but the run has no reference policy')
     configs['reference'], params['reference'] = run.setup.model, run.reference
+  elif run.reference is not None:
+    raise UserError('reference: the run has a reference policy, but the method has no KL term '
+                    '(kl_beta = 0) to read it')
   return configs, params
 
 

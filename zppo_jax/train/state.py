@@ -72,10 +72,16 @@ def make_optimizer(o: Optim) -> optax.GradientTransformation:
       optax.adamw(schedule(rate, o), b1=o.beta1, b2=o.beta2, eps=o.eps,
                   weight_decay=o.weight_decay, mask=_decayed))
 
-  return optax.multi_transform(
-    {'policy': adamw(o.learning_rate), 'critic': adamw(o.critic_learning_rate)},
-    lambda params: {name: jax.tree.map(lambda _, name=name: name, tree)
-                    for name, tree in params.items()})
+  rates = {'policy': adamw(o.learning_rate), 'critic': adamw(o.critic_learning_rate)}
+
+  def labels(params):
+    frozen = sorted(set(params) - set(rates))
+    if frozen:
+      raise ValueError(f'params: roles {frozen} are frozen and cannot enter the optimiser, only '
+                       f'{sorted(rates)} can')
+    return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
+
+  return optax.multi_transform(rates, labels)
 
 
 def specs(config: ModelConfig, needs: frozenset[str]) -> dict[str, Any]:

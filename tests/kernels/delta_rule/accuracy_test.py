@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.delta_rule import api, chunked, pallas_tpu, reference, shapes
+from kernels.delta_rule import api, chunked, pallas_gpu, pallas_tpu, reference, shapes
 
 SINGLE = tuple(shapes.Case(n) for n in (7, 65))
 # The kernel as XLA operations: slow to compile, so each case carries several properties.
@@ -17,7 +17,15 @@ KERNEL = (shapes.Case(65, heads=2, key_heads=1, key=16, value=24, batch=1),
           shapes.Case(100, heads=1, key_heads=1, batch=1, keys='positive', rate=.9, decay='mixed'))
 IMPLEMENTATIONS = {
   'reference': reference.delta_rule, 'chunked': chunked.delta_rule,
-  'pallas_tpu': functools.partial(pallas_tpu.delta_rule, interpret=True)}
+  'pallas_tpu': functools.partial(pallas_tpu.delta_rule, interpret=True),
+  'pallas_gpu': functools.partial(pallas_gpu.delta_rule, interpret=True)}
+
+
+# A loop over chunks and blocks: long rows and wide keys cost it little.
+WIDE = (shapes.Case(1), shapes.Case(64), shapes.Case(1000, heads=4, key_heads=2, key=32, value=16),
+        shapes.Case(80, heads=1, key_heads=1, key=256, value=32, batch=1),
+        shapes.Case(80, heads=1, key_heads=1, key=16, value=256, batch=1),
+        shapes.Case(100, heads=6, key_heads=2, segments=True, decay='dense'))
 
 
 @functools.cache
@@ -81,13 +89,19 @@ def test_chunked_in_float64(case):
   check(run('chunked', case, jnp.float64), law(case), 1e-13)
 
 
-@pytest.mark.parametrize('name', ('chunked', 'pallas_tpu'))
+@pytest.mark.parametrize('name', ('chunked', 'pallas_tpu', 'pallas_gpu'))
 @pytest.mark.parametrize('case', [KERNEL[0], KERNEL[3]], ids=str)
 def test_bfloat16(name, case):
   check(run(name, case, jnp.bfloat16), law(case, rounded=True), shapes.TOLERANCE['bfloat16'])
 
 
+@pytest.mark.parametrize('name', ('pallas_tpu', 'pallas_gpu'))
 @pytest.mark.parametrize('case', KERNEL, ids=str)
-def test_kernel_in_float32(case):
+def test_kernel_in_float32(name, case):
   bound = shapes.TOLERANCE_HARD if case.hard else shapes.TOLERANCE['float32']
-  check(run('pallas_tpu', case, jnp.float32), law(case), bound)
+  check(run(name, case, jnp.float32), law(case), bound)
+
+
+@pytest.mark.parametrize('case', WIDE, ids=str)
+def test_gpu_kernel_at_other_lengths_and_sizes(case):
+  check(run('pallas_gpu', case, jnp.float32), law(case), shapes.TOLERANCE['float32'])

@@ -40,7 +40,9 @@ def test_all_faults_are_listed_together():
 def test_a_named_implementation_runs_or_says_why_not():
   with pytest.raises(NotImplementedError, match='pallas_tpu: a TPU is needed.*cpu'):
     lib.delta_rule(**arguments(implementation='pallas_tpu'))
-  out, _ = lib.delta_rule(**arguments(implementation=('pallas_tpu', 'chunked')))
+  with pytest.raises(NotImplementedError, match='pallas_gpu: a GPU is needed.*cpu'):
+    lib.delta_rule(**arguments(implementation='pallas_gpu'))
+  out, _ = lib.delta_rule(**arguments(implementation=('pallas_gpu', 'pallas_tpu', 'chunked')))
   assert out.shape == (2, 5, 4, 3)
 
 
