@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
+import tempfile
 
 import pytest
 
@@ -22,7 +24,23 @@ for _name, _value in _FLAGS.items():
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_name}={_value}'.strip()
 
 # Small programs, whose compiling is the cost of their tests.
-_QUICK_FOLDERS = {'kernels', 'models', 'sampling'}
+_QUICK_FOLDERS = {'kernels', 'models', 'sampling', 'train'}
+
+
+def pytest_configure(config):
+  """Compiled programs of one session are shared by its workers and their child processes."""
+  run = getattr(config, 'workerinput', {}).get('testrunuid')
+  if run is None and config.getoption('numprocesses', None):
+    return  # only the workers compile
+  folder = pathlib.Path(tempfile.gettempdir()) / f'zppo_jax_tests_{run or os.getpid()}'
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+
+
+def pytest_unconfigure(config):
+  if not hasattr(config, 'workerinput'):  # the last process of the session
+    for folder in pathlib.Path(tempfile.gettempdir()).glob('zppo_jax_tests_*'):
+      shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope='module')

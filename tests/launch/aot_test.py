@@ -25,7 +25,8 @@ SHORT = ('--config.rollout.prompt_tokens=512', '--config.rollout.reformulated_to
 
 
 def launch_pod(tmp_path, *extra, settings=()):
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  env = {k: v for k, v in os.environ.items() if k not in (
+    'XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
   env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', **dict(settings)}
   return subprocess.run(
     [sys.executable, '-m', 'experiments.launch_pod', '--aot_only', '--topology=v5p:4x4x4',

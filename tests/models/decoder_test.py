@@ -163,7 +163,7 @@ def test_published_weights_are_copies_on_the_asked_sharding(params):
 
 def test_a_pattern_of_mixers_counts_layers_in_order(tokens):
   """Four layers as two repeats of two: taps and edits name the layer, not the slot."""
-  config = dataclasses.replace(CONFIG, layers=4, mixers=('full', 'full'))
+  config = dataclasses.replace(CONFIG, layers=4, mixers=('full', 'sliding'), window=4)
   params = models.init(config, jax.random.key(2))
   assert len(params.blocks) == 2 and params.blocks[0].mlp.gate.shape[0] == 2
   assert not np.array_equal(params.blocks[0].mlp.gate, params.blocks[1].mlp.gate)

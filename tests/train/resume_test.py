@@ -111,7 +111,7 @@ def test_second_run_says_that_it_is_done(base):
   assert (base / 'warm' / 'metrics.jsonl').read_bytes() == before
 
 
-def test_stale_rollouts_resume_too_and_lag_by_the_bound(base):
+def test_sigterm_saves_and_stale_rollouts_resume_too(base):
   """With a teacher in the prompt too: its answers and the coin of BCQ come back the same."""
   extra = ('--config.max_staleness=2', '--config.allow_uncorrected_staleness=True',
            '--config.method.name=zppo', '--config.method.tau=1.0', '--config.method.compress=tail',
@@ -119,29 +119,18 @@ def test_stale_rollouts_resume_too_and_lag_by_the_bound(base):
            '--config.method.teacher_group_size=8', '--config.method.teacher_chunk=8',
            f'--config.teacher.checkpoint={base / "warm"}')
   run(zppo(base, 'stale', *extra))
-  process = subprocess.Popen(zppo(base, 'stale_broken', *extra), cwd=ROOT, env=environment(),
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  while newest(base / 'stale_broken') < 5:
+  broken = zppo(base, 'stale_broken', *extra, '--config.ckpt.every_steps=100')
+  process = subprocess.Popen(broken, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+  seen = base / 'stale_broken' / 'metrics.jsonl'
+  while not seen.exists() or len(seen.read_text().splitlines()) < 6:
     assert process.poll() is None
     time.sleep(0.02)
-  process.kill()
-  process.wait()
-  run(zppo(base, 'stale_broken', *extra))
+  process.terminate()  # saves and asks for a restart
+  assert process.wait() == 42 and newest(base / 'stale_broken') >= 5
+  run(broken)
   whole, broken = final_state(base / 'stale'), final_state(base / 'stale_broken')
   jax.tree.map(np.testing.assert_array_equal, whole[0], broken[0])
   rows = [json.loads(x) for x in (base / 'stale' / 'metrics.jsonl').read_text().splitlines()]
   assert [r['version_lag/max'] for r in rows if r['step']] == [0, 1] + [2] * (STEPS - 2)
   assert any(r.get('group/kind1_count', 0) for r in rows), 'no BCQ group: it proves nothing'
-
-
-def test_sigterm_saves_and_asks_for_a_restart(base):
-  process = subprocess.Popen(zppo(base, 'term', '--config.ckpt.every_steps=100'), cwd=ROOT,
-                             env=environment(), stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
-  rows = base / 'term' / 'metrics.jsonl'
-  while not rows.exists() or len(rows.read_text().splitlines()) < 4:
-    assert process.poll() is None
-    time.sleep(0.02)
-  process.terminate()
-  assert process.wait() == 42
-  assert newest(base / 'term') >= 3

@@ -17,6 +17,7 @@ from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.data.tasks import sources
 from zppo_jax.mesh import place
 from zppo_jax.methods import api, table
+from zppo_jax.models import config as config_lib
 from zppo_jax.models import params as params_lib
 from zppo_jax.models import presets
 from zppo_jax.models.config import ModelConfig
@@ -100,8 +101,7 @@ def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
     raise UserError(f'checkpoint {folder!r} is not the workdir of a run: it has no model.json')
   with open(facts_path, encoding='utf-8') as file:
     facts = json.load(file)
-  fields = facts['model'] | {'mixers': tuple(facts['model']['mixers'])}
-  config = ModelConfig(**fields)
+  config = config_lib.from_dict(facts['model'])
   specs = params_lib.abstract(config)
   saved = checkpoint.load_params(os.path.join(os.path.abspath(folder), 'checkpoints'))
   leaves = trees.named_leaves(saved)

@@ -105,6 +105,7 @@ class RoleOutputs:
 
   hidden: Array  # [N, W, D]
   unembedding: Array  # [D, V]
+  logit_cap: float | None = types.static(default=None)
 
 
 @types.record
@@ -119,6 +120,7 @@ class Outputs:
   taps: dict[str, Array]
   value: Array | None
   roles: dict[str, RoleOutputs]
+  logit_cap: float | None = types.static(default=None)  # of the policy's logits
 
 
 # term(outputs, signal) -> (numerator, denominator, {metric: (numerator, denominator)}). All of them

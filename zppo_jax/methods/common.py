@@ -210,7 +210,8 @@ def teacher_divergence(kind: str, *, beta: float, temperature: float, chunk: int
     teacher = out.roles['teacher']
     loss = divergences.divergence_chunked(
       out.hidden, out.unembedding, teacher.hidden, teacher.unembedding, kind, chunk=chunk,
-      beta=beta, temperature=temperature)
+      beta=beta, temperature=temperature, logit_cap=out.logit_cap,
+      teacher_logit_cap=teacher.logit_cap)
     loss = masks.put_window(loss, out.start, s.mask.shape[1])
     num, den = aggregate.aggregate(on_mask(s.mask, loss), s.mask, aggregation,
                                    traj_tokens=s.traj_tokens)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from zppo_jax.core import types
-from zppo_jax.models.config import DELTA_KINDS, ModelConfig
+from zppo_jax.models.config import ATTENTION_KINDS, DELTA_KINDS, ModelConfig
 
 
 @types.record
@@ -16,6 +16,13 @@ class KeyValue:
 
   key: types.Array  # [R, B, KV, S, K]
   value: types.Array  # [R, B, KV, S, K]
+
+
+@types.record
+class Latent:
+  """Normed latents and rotated shared keys of MLA, side by side."""
+
+  key: types.Array  # [R, B, 1, S, rank + rope]
 
 
 @types.record
@@ -39,12 +46,12 @@ class Prefix:
 
 @types.record
 class Cache:
-  """One entry of `layers` per entry of config.mixers, each stacked over config.repeats.
+  """One entry of `layers` per entry of config.slots, each stacked over the repeats of its slot.
 
-  A split cache has an entry of `layers` per repeat, each a tuple over config.mixers without the
-  axis R, and a scalar `length`: all rows are equally long, so one slice is written instead of a
-  scatter. It goes with `decoder.split_blocks` and a split prefix: blocks run one by one, and no
-  weight or key is copied out of a stack.
+  A split cache has an entry of `layers` per layer of the model, without the axis R, and a scalar
+  `length`: all rows are equally long, so one slice is written instead of a scatter. It goes with
+  `decoder.split_blocks` and a split prefix: layers run one by one, and no weight or key is copied
+  out of a stack.
   """
 
   layers: tuple
@@ -52,20 +59,26 @@ class Cache:
   split: bool = types.static(default=False)
 
 
-def _key_value(config: ModelConfig, rows: int, size: int) -> KeyValue:
-  shape = (config.repeats, rows, config.kv_heads, size, config.head_dim)
+def _key_value(config: ModelConfig, repeats: int, rows: int, size: int) -> KeyValue:
+  shape = (repeats, rows, config.kv_heads, size, config.head_dim)
   return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def _recurrent(config: ModelConfig, rows: int, size: int) -> Recurrent:
+def _latent(config: ModelConfig, repeats: int, rows: int, size: int) -> Latent:
+  width = config.mla.rank + config.mla.rope
+  return Latent(jnp.zeros((repeats, rows, 1, size, width), config.dtype))
+
+
+def _recurrent(config: ModelConfig, repeats: int, rows: int, size: int) -> Recurrent:
   c, heads = config, config.linear_value_heads
-  state = c.repeats, rows, heads, c.linear_key_dim, c.linear_value_dim
+  state = repeats, rows, heads, c.linear_key_dim, c.linear_value_dim
   channels = 2 * c.linear_heads * c.linear_key_dim + heads * c.linear_value_dim
   return Recurrent(jnp.zeros(state, jnp.float32),
-                   jnp.zeros((c.repeats, rows, c.linear_conv - 1, channels), c.dtype))
+                   jnp.zeros((repeats, rows, c.linear_conv - 1, channels), c.dtype))
 
 
-MIXER_CACHES = {'full': _key_value} | dict.fromkeys(DELTA_KINDS, _recurrent)
+MIXER_CACHES = dict.fromkeys(ATTENTION_KINDS, _key_value) | {'mla': _latent} | dict.fromkeys(
+  DELTA_KINDS, _recurrent)
 KV_AXES = ('layers', 'batch', 'kv_heads', None, 'head_dim')
 RECURRENT_AXES = Recurrent(('layers', 'batch', 'heads', None, None),
                            ('layers', 'batch', None, None))
@@ -73,7 +86,7 @@ RECURRENT_AXES = Recurrent(('layers', 'batch', 'heads', None, None),
 
 def init(config: ModelConfig, rows: int, size: int) -> Cache:
   """Empty cache for `rows` sequences of at most `size` tokens."""
-  layers = tuple(MIXER_CACHES[m](config, rows, size) for m in config.mixers)
+  layers = tuple(MIXER_CACHES[s.mixer](config, s.repeats, rows, size) for s in config.slots)
   return Cache(layers, jnp.zeros((rows,), jnp.int32))
 
 
@@ -82,7 +95,7 @@ def split(config: ModelConfig, rows: int, size: int, prefix: Prefix | None = Non
   layers = init(config, rows, size).layers
   if prefix is not None:
     layers = tuple(_go_on(own, shared, rows) for own, shared in zip(layers, prefix.layers))
-  return Cache(unstack(layers, config.repeats), jnp.int32(0), split=True)
+  return Cache(unstack(config, layers), jnp.int32(0), split=True)
 
 
 def _go_on(empty, shared, rows: int):
@@ -98,9 +111,11 @@ def as_prefix(prompts: Cache) -> Prefix:
 
 def split_prefix(config: ModelConfig, prefix: Prefix) -> Prefix:
   """A prefix for a split cache."""
-  return Prefix(unstack(prefix.layers, config.repeats), prefix.length)
+  return Prefix(unstack(config, prefix.layers), prefix.length)
 
 
-def unstack(tree, count: int) -> tuple:
-  """Trees of the `count` entries of the leading axis."""
-  return tuple(jax.tree.map(lambda x, r=r: x[r], tree) for r in range(count))
+def unstack(config: ModelConfig, stacks) -> tuple:
+  """One tree per layer, of one stack per slot."""
+  found = {s.first + r * s.step: jax.tree.map(lambda x, r=r: x[r], stack)
+           for s, stack in zip(config.slots, stacks) for r in range(s.repeats)}
+  return tuple(found[layer] for layer in range(config.layers))

@@ -3,13 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
 
 DELTA_KINDS = ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')  # mixers by the delta rule
+ATTENTION_KINDS = ('full', 'sliding')
+MLPS = ('dense', 'moe')
+LONGEST_PATTERN = 16  # layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """How rotary frequencies are stretched: kind is linear, llama3 or yarn."""
+
+  kind: str
+  factor: float
+  original: int = 0  # context of the pretraining
+  low: float = 1.0  # llama3
+  high: float = 4.0
+  beta_fast: float = 32.0  # yarn
+  beta_slow: float = 1.0
+  attention: float | None = None  # factor of sin and cos; None = 0.1 ln(factor) + 1
+  scores: float = 1.0  # yarn of MLA: factor of the scores, 0.1 m ln(factor) + 1, squared
+
+
+@dataclasses.dataclass(frozen=True)
+class Mla:
+  """Attention through a shared latent, arXiv 2405.04434."""
+
+  rank: int  # of keys and values
+  nope: int  # features of a head without position
+  rope: int  # features of a head with position
+  value: int
+  query_rank: int = 0  # 0 = queries are projected directly
+  pairs: str = 'interleaved'  # how features are rotated: interleaved, half, or none (no position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+  """A mixture of SwiGLU experts."""
+
+  experts: int
+  top_k: int
+  inter: int
+  score: str = 'softmax'  # or sigmoid
+  renormalise: bool = True
+  scale: float = 1.0  # of the chosen weights
+  bias: bool = False  # a correction that selects and does not weigh
+  groups: int = 1
+  top_groups: int = 1
+  shared: int = 0  # width of the expert that all tokens take
+  shared_gate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder. `mixers` is the repeated pattern of token mixers, scanned layers/len(mixers) times.
+  """A decoder. `mixers` and `mlps` are patterns, repeated over the layers.
 
   `vocab` counts the rows of the embedding; ids from `num_valid` up are padding and never sampled.
   """
@@ -23,10 +73,24 @@ class ModelConfig:
   inter: int  # width of the SwiGLU branch
   num_valid: int | None = None
   mixers: tuple[str, ...] = ('full',)
+  mlps: tuple[str, ...] = ('dense',)
   qk_norm: bool = True
   rope_theta: float = 1e6
+  rope_dim: int = 0  # rotated features of a head; 0 = all
+  rope: Rope | None = None
   norm_eps: float = 1e-6
+  norm: str = 'weight'  # or one_plus: the weight is an offset from 1
+  sandwich: bool = False  # norms behind the branches too
+  act: str = 'silu'  # or gelu_tanh
+  attn_gate: bool = False  # a sigmoid gate on what attention read
+  attn_scale: float | None = None  # of the scores; None = head_dim ** -0.5
+  attn_cap: float | None = None  # soft cap of the scores
+  logit_cap: float | None = None
+  window: int = 0  # keys that a sliding layer sees, its own included
+  embed_scale: float = 1.0
   tied: bool = True
+  mla: Mla | None = None
+  moe: Moe | None = None
   dtype: str = 'float32'  # activations
   param_dtype: str = 'float32'
   remat: bool = False  # recompute each block in the backward pass
@@ -41,10 +105,102 @@ class ModelConfig:
   linear_rank: int = 0  # of the vector rates; 0 = linear_key_dim
   linear_negative: bool = False  # rates up to 2: eigenvalues in [-1, 1]
   linear_kernel: str | None = None  # implementation of the delta rule; None = fastest that runs
+  family: str = ''  # model_type of the checkpoint: names of tensors, never read by the forward
 
   @property
-  def repeats(self) -> int:
-    return self.layers // len(self.mixers)
+  def kinds(self) -> tuple[tuple[str, str], ...]:
+    """(mixer, mlp) of every layer."""
+    return tuple((self.mixers[i % len(self.mixers)], self.mlps[i % len(self.mlps)])
+                 for i in range(self.layers))
+
+  @property
+  def stages(self) -> tuple[Stage, ...]:
+    """The layers as runs of repeated patterns."""
+    return find_stages(self.kinds)
+
+  @property
+  def slots(self) -> tuple[Slot, ...]:
+    """One entry per stack of equal layers: the order of parameters and caches."""
+    return tuple(slot for stage in self.stages for slot in stage.slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """Layers first, first + step, .. of one kind, whose parameters are stacked."""
+
+  mixer: str
+  mlp: str
+  first: int
+  step: int
+  repeats: int
+
+  def repeat_of(self, layer: int) -> int | None:
+    """Index of a layer in the stack, None if it is not in it."""
+    index, rest = divmod(layer - self.first, self.step)
+    return index if not rest and 0 <= index < self.repeats else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """A pattern of layers that is scanned `repeats` times."""
+
+  slots: tuple[Slot, ...]
+  repeats: int
+
+
+@functools.lru_cache(maxsize=256)
+def find_stages(kinds: tuple[tuple[str, str], ...]) -> tuple[Stage, ...]:
+  """Greedy: at each layer the pattern that covers most of what follows by repeating.
+
+  Layers that start no repetition form stages of one repeat.
+  """
+  stages, at, lonely = [], 0, []
+
+  def close():
+    if lonely:
+      stages.append(_stage(kinds, lonely[0], len(lonely), 1))
+      lonely.clear()
+
+  while at < len(kinds):
+    period, repeats = _best_pattern(kinds, at)
+    if repeats < 2:
+      lonely.append(at)
+      at += 1
+      continue
+    close()
+    stages.append(_stage(kinds, at, period, repeats))
+    at += period * repeats
+  close()
+  return tuple(stages)
+
+
+def _best_pattern(kinds, at: int) -> tuple[int, int]:
+  """(period, repeats) of the longest cover from `at` on, the shortest period among equals."""
+  best = (1, 1)
+  for period in range(1, min(LONGEST_PATTERN, (len(kinds) - at) // 2) + 1):
+    pattern, repeats = kinds[at:at + period], 1
+    while kinds[at + repeats * period:at + (repeats + 1) * period] == pattern:
+      repeats += 1
+    if repeats > 1 and period * repeats > best[0] * best[1]:
+      best = period, repeats
+  return best
+
+
+def _stage(kinds, first: int, period: int, repeats: int) -> Stage:
+  return Stage(tuple(Slot(*kinds[first + i], first + i, period, repeats) for i in range(period)),
+               repeats)
+
+
+def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
+  """The config that `dataclasses.asdict` described, as JSON gives it back."""
+  fields = dict(fields)
+  for name, record in (('rope', Rope), ('mla', Mla), ('moe', Moe)):
+    if fields.get(name) is not None:
+      fields[name] = record(**fields[name])
+  for name in ('mixers', 'mlps'):
+    if name in fields:
+      fields[name] = tuple(fields[name])
+  return ModelConfig(**fields)
 
 
 def problems(config: ModelConfig) -> list[str]:
@@ -55,16 +211,26 @@ def problems(config: ModelConfig) -> list[str]:
       found.append(f'{name}: must be at least 1, got {getattr(config, name)}')
   if not found and config.heads % config.kv_heads:
     found.append(f'heads: must be a multiple of kv_heads = {config.kv_heads}, got {config.heads}')
-  if not config.mixers or config.layers % len(config.mixers):
-    found.append(f'layers: must be a multiple of len(mixers) = {len(config.mixers)}, '
-                 f'got {config.layers}')
-  if config.head_dim % 2:
-    found.append(f'head_dim: must be even for rotary positions, got {config.head_dim}')
+  for name in ('mixers', 'mlps'):
+    pattern = getattr(config, name)
+    if not pattern or config.layers % len(pattern):
+      found.append(f'layers: must be a multiple of len({name}) = {len(pattern)}, '
+                   f'got {config.layers}')
+  rotary = config.rope_dim or config.head_dim
+  if rotary % 2 or rotary > config.head_dim:
+    name = 'rope_dim' if config.rope_dim else 'head_dim'
+    found.append(f'{name}: must be even and at most head_dim = {config.head_dim} for rotary '
+                 f'positions, got {rotary}')
   if config.num_valid is not None and not 0 < config.num_valid <= config.vocab:
     found.append(f'num_valid: must lie in 1..vocab = {config.vocab}, got {config.num_valid}')
-  if set(config.mixers) - {'full'}:
+  for name, allowed in (('norm', ('weight', 'one_plus')), ('act', ('silu', 'gelu_tanh'))):
+    if getattr(config, name) not in allowed:
+      found.append(f'{name}: must be one of {allowed}, got {getattr(config, name)!r}')
+  if 'sliding' in config.mixers and config.window < 1:
+    found.append(f'window: must be at least 1 with sliding layers, got {config.window}')
+  if set(config.mixers) & set(DELTA_KINDS):
     found += _linear_problems(config)
-  return found
+  return found + _mla_problems(config) + _moe_problems(config)
 
 
 def _linear_problems(c: ModelConfig) -> list[str]:
@@ -80,4 +246,41 @@ def _linear_problems(c: ModelConfig) -> list[str]:
   if 'fg2_gdn' in c.mixers and c.linear_value_dim != c.linear_key_dim:
     found.append(f'linear_value_dim: must equal linear_key_dim = {c.linear_key_dim} for fg2_gdn '
                  f'(one rate for both; fg2_gdn_plus has two), got {c.linear_value_dim}')
+  return found
+
+
+def _mla_problems(c: ModelConfig) -> list[str]:
+  if 'mla' not in c.mixers:
+    return []
+  if c.mla is None:
+    return ['mla: must be given with mla layers, got None']
+  found = [f'mla.{name}: must be at least 1, got {getattr(c.mla, name)}'
+           for name in ('rank', 'nope', 'rope', 'value') if getattr(c.mla, name) < 1]
+  if c.mla.rope % 2:
+    found.append(f'mla.rope: must be even, got {c.mla.rope}')
+  if c.mla.pairs not in ('interleaved', 'half', 'none'):
+    found.append(f"mla.pairs: must be interleaved, half or none, got {c.mla.pairs!r}")
+  return found
+
+
+def _moe_problems(c: ModelConfig) -> list[str]:
+  unknown = sorted(set(c.mlps) - set(MLPS))
+  if unknown:
+    return [f'mlps: unknown {unknown}; known: {sorted(MLPS)}']
+  if 'moe' not in c.mlps:
+    return []
+  if c.moe is None:
+    return ['moe: must be given with moe layers, got None']
+  m, found = c.moe, []
+  if not 1 <= m.top_k <= m.experts:
+    found.append(f'moe.top_k: must lie in 1..experts = {m.experts}, got {m.top_k}')
+  if m.inter < 1:
+    found.append(f'moe.inter: must be at least 1, got {m.inter}')
+  if m.groups < 1 or m.experts % m.groups:
+    found.append(f'moe.groups: must divide experts = {m.experts}, got {m.groups}')
+  elif not 1 <= m.top_groups <= m.groups or m.top_groups * (m.experts // m.groups) < m.top_k:
+    found.append(f'moe.top_groups: must lie in 1..groups = {m.groups} and hold top_k = {m.top_k} '
+                 f'experts, got {m.top_groups}')
+  if m.score not in ('softmax', 'sigmoid'):
+    found.append(f"moe.score: must be softmax or sigmoid, got {m.score!r}")
   return found

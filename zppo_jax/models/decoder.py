@@ -14,9 +14,10 @@ from zppo_jax.mesh import axes
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import layers
 from zppo_jax.models.cache import Cache, Prefix
-from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.config import ModelConfig, Slot, Stage
 from zppo_jax.models.mixers import MIXERS, Place
-from zppo_jax.models.params import Params
+from zppo_jax.models.mlps import MLPS
+from zppo_jax.models.params import Block, Params
 
 Array = jax.Array
 Edit = tuple[str, Callable[[Array], Array]]
@@ -42,6 +43,8 @@ def unembed(config: ModelConfig, params: Params, hidden: Array) -> Array:
   """Float32 logits; padded vocabulary ids get -1e30 and can never be sampled."""
   matrix = unembedding(params).astype(hidden.dtype)
   logits = jnp.einsum('...d,dv->...v', hidden, matrix, preferred_element_type=jnp.float32)
+  if config.logit_cap is not None:
+    logits = config.logit_cap * jnp.tanh(logits / config.logit_cap)
   if config.num_valid is None or config.num_valid == config.vocab:
     return logits
   return jnp.where(jnp.arange(config.vocab) < config.num_valid, logits, -1e30)
@@ -56,63 +59,100 @@ def parse_tap(config: ModelConfig, name: str) -> tuple[str, int]:
   return kind, int(layer)
 
 
-def _hook(config: ModelConfig, kind: str, slot: int, repeat, x: Array, edits: Sequence[Edit]):
-  """Applies the edits that name this place; `repeat` is the traced index of the scanned block."""
+def _hook(config: ModelConfig, kind: str, slot: Slot, repeat, x: Array, edits: Sequence[Edit]):
+  """Applies the edits that name this place; `repeat` may be the traced index of a scan."""
   for name, edit in edits:
     edit_kind, layer = parse_tap(config, name)
-    if edit_kind == kind and layer % len(config.mixers) == slot:
-      x = jnp.where(repeat == layer // len(config.mixers), edit(x), x)
+    at = slot.repeat_of(layer)
+    if edit_kind == kind and at is not None:
+      x = jnp.where(repeat == at, edit(x), x)
   return x
 
 
-def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, prefix, taps,
-            edits):
-  """Scans the repeated blocks; returns (x, cache layers, {(kind, slot): [R, B, T, D]})."""
-  wanted = {parse_tap(config, t)[0] for t in taps}
+def _layer(config: ModelConfig, slot: Slot, block: Block, x: Array, place: Place, cache, index,
+           prefix, repeat, edits):
+  """One layer: (x, its cache, (residual, mixer, mlp) as taps name them)."""
+  def finish(branch, post_norm, kind):
+    if post_norm is not None:
+      branch = layers.norm(config, branch, post_norm)
+    return _hook(config, kind, slot, repeat, branch, edits)
 
+  normed = layers.norm(config, x, block.mixer_norm)
+  mixed, cache = MIXERS[slot.mixer](config, block.mixer, normed, place, cache, index, prefix)
+  mixed = finish(mixed, block.mixer_post_norm, 'mixer')
+  x = x + mixed
+  branch = MLPS[slot.mlp](config, block.mlp, layers.norm(config, x, block.mlp_norm))
+  branch = finish(branch, block.mlp_post_norm, 'mlp')
+  x = _hook(config, 'residual', slot, repeat, x + branch, edits)
+  return axes.constrain(x, 'batch', 'length', None), cache, (x, mixed, branch)
+
+
+def _stage(config: ModelConfig, stage: Stage, blocks, x: Array, place: Place, held, prefix, wanted,
+           edits):
+  """Scans the repeats of a stage: (x, caches, {kind: [stack [R, B, T, D] of each slot]})."""
   def body(carry, scanned):
     x, held = carry
-    blocks, repeat, shared, layer = scanned
-    held, seen = list(held), {}
-    for slot, (block, mixer, prefix) in enumerate(zip(blocks, config.mixers, shared)):
-      normed = layers.rms_norm(x, block.mixer_norm, config.norm_eps)
-      mixed, held[slot] = MIXERS[mixer](config, block.mixer, normed, place, held[slot], layer,
-                                        prefix)
-      mixed = _hook(config, 'mixer', slot, repeat, mixed, edits)
-      x = x + mixed
-      normed = layers.rms_norm(x, block.mlp_norm, config.norm_eps)
-      branch = layers.swiglu(normed, block.mlp.gate, block.mlp.up, block.mlp.down)
-      branch = _hook(config, 'mlp', slot, repeat, branch, edits)
-      x = _hook(config, 'residual', slot, repeat, x + branch, edits)
-      x = axes.constrain(x, 'batch', 'length', None)
-      seen |= {(k, slot): v for k, v in zip(TAP_KINDS, (x, mixed, branch)) if k in wanted}
+    blocks, index, shared = scanned
+    held, seen = list(held), {kind: [] for kind in wanted}
+    for n, slot in enumerate(stage.slots):
+      x, held[n], states = _layer(config, slot, blocks[n], x, place, held[n], index, shared[n],
+                                  index, edits)
+      for kind in wanted:
+        seen[kind].append(states[TAP_KINDS.index(kind)])
     return (x, tuple(held)), seen
 
   if config.remat:
     body = jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
-  none = (None,) * len(config.mixers)
+  index = jnp.arange(stage.repeats)
+  (x, held), seen = jax.lax.scan(body, (x, held), (blocks, index, prefix),
+                                 unroll=min(config.unroll, stage.repeats))
+  return x, held, seen
+
+
+def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, prefix, taps,
+            edits):
+  """All layers: (x, caches, {tap: [B, T, D]})."""
+  wanted = sorted({parse_tap(config, t)[0] for t in taps})
+  none = (None,) * len(params.blocks)
   held = none if cache is None else cache.layers
   shared = none if prefix is None else prefix.layers
   if cache is not None and cache.split:
-    return _one_by_one(body, x, held, params.blocks, shared)
-  index = jnp.arange(config.repeats)
-  return jax.lax.scan(body, (x, held), (params.blocks, index, shared, index),
-                      unroll=config.unroll)
+    return _one_by_one(config, params, x, place, held, shared, taps, edits)
+  out, stacks, at = [], {kind: [] for kind in wanted}, 0
+  for stage in config.stages:
+    part = slice(at, at + len(stage.slots))
+    x, caches, seen = _stage(config, stage, params.blocks[part], x, place, held[part], shared[part],
+                             wanted, edits)
+    out, at = [*out, *caches], part.stop
+    for kind in wanted:
+      stacks[kind] += seen[kind]
+
+  def find(name):
+    kind, layer = parse_tap(config, name)
+    return next(stack[slot.repeat_of(layer)] for slot, stack in zip(config.slots, stacks[kind])
+                if slot.repeat_of(layer) is not None)
+
+  return x, tuple(out), {name: find(name) for name in taps}
 
 
 def split_blocks(config: ModelConfig, params: Params) -> Params:
-  """Parameters for a split cache: the blocks of each repeat by themselves."""
-  return dataclasses.replace(params, blocks=cache_lib.unstack(params.blocks, config.repeats))
+  """Parameters for a split cache: the block of each layer by itself."""
+  return dataclasses.replace(params, blocks=cache_lib.unstack(config, params.blocks))
 
 
-def _one_by_one(body, x: Array, held, blocks, prefix):
-  """The scan of _blocks over a split cache, written out."""
-  out, seen = [], []
-  for r, scanned in enumerate(zip(held, blocks, prefix)):
-    (x, cache), found = body((x, scanned[0]), (scanned[1], r, scanned[2], None))
+def _one_by_one(config: ModelConfig, params: Params, x: Array, place: Place, held, prefix, taps,
+                edits):
+  """`_blocks` over a split cache, layer by layer."""
+  slots = {slot.first + r * slot.step: (slot, r) for slot in config.slots
+           for r in range(slot.repeats)}
+  out, seen = [], {}
+  for layer in range(config.layers):
+    slot, repeat = slots[layer]
+    x, cache, states = _layer(config, slot, params.blocks[layer], x, place, held[layer], None,
+                              prefix[layer], repeat, edits)
     out.append(cache)
-    seen.append(found)
-  return (x, tuple(out)), jax.tree.map(lambda *a: jnp.stack(a), *seen)
+    seen |= {f'{kind}.{layer}': state for kind, state in zip(TAP_KINDS, states)}
+  return x, tuple(out), {name: seen[name] for name in taps}
 
 
 def forward(config: ModelConfig, params: Params, tokens: Array, *, positions: Array | None = None,
@@ -138,17 +178,15 @@ def forward(config: ModelConfig, params: Params, tokens: Array, *, positions: Ar
       group = tokens.shape[0] // prefix.length.shape[0]
       positions += jnp.repeat(prefix.length, group)[:, None]
   x = jnp.take(params.embed, tokens, axis=0).astype(config.dtype)
+  if config.embed_scale != 1.0:
+    x = x * jnp.asarray(config.embed_scale, config.dtype)
   x = axes.constrain(x, 'batch', 'length', None)
   place = Place(positions, segment_ids, start, None if prefix is None else prefix.length)
-  (x, held), seen = _blocks(config, params, x, place, cache, prefix, taps, edits)
-  hidden = layers.rms_norm(x, params.final_norm, config.norm_eps)
+  x, held, found = _blocks(config, params, x, place, cache, prefix, taps, edits)
+  hidden = layers.norm(config, x, params.final_norm)
   if cache is not None:
     added = (tokens.shape[1] if start.ndim == 0 else
              jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
     cache = Cache(held, start + added, cache.split)
-  found = {}
-  for name in taps:
-    kind, layer = parse_tap(config, name)
-    found[name] = seen[kind, layer % len(config.mixers)][layer // len(config.mixers)]
   logits = unembed(config, params, hidden) if want == 'logits' else None
   return Output(logits, hidden, cache, found)

@@ -1,10 +1,16 @@
 """Building blocks without state. Dims: B rows, T tokens, S keys, H heads, KV key heads, K head
 size."""
 
+from __future__ import annotations
+
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from zppo_jax.models.config import ModelConfig, Rope
 
 Array = jax.Array
 
@@ -25,21 +31,69 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
   return scaled.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rope(x: Array, positions: Array, theta: float) -> Array:
-  """Rotary positions in the two-halves layout; x [B, T, H, K], positions i32[B, T]."""
-  half = x.shape[-1] // 2
-  freqs = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def norm(config: ModelConfig, x: Array, weight: Array) -> Array:
+  """RMSNorm of the family's kind; 'one_plus' multiplies by 1 + weight in float32, cast after."""
+  if config.norm == 'weight':
+    return rms_norm(x, weight, config.norm_eps)
+  x32 = x.astype(jnp.float32)
+  scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+  return (scaled * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+
+
+def frequencies(size: int, theta: float, scaling: Rope | None) -> tuple[np.ndarray, float]:
+  """(f32[size / 2] radians per position, factor of sin and cos).
+
+  theta ** (-2 j / size), stretched: linear by the factor; llama3 by wavelength; yarn (arXiv
+  2309.00071) by a ramp over the features.
+  """
+  j = np.arange(size // 2)
+  plain = theta ** (-2.0 * j / size)
+  if scaling is None:
+    return plain.astype(np.float32), 1.0
+  s = scaling
+  if s.kind == 'linear':
+    return (plain / s.factor).astype(np.float32), 1.0
+  if s.kind == 'llama3':
+    share = np.clip((s.original * plain / (2 * np.pi) - s.low) / (s.high - s.low), 0, 1)
+    return ((1 - share) * plain / s.factor + share * plain).astype(np.float32), 1.0
+
+  def turns(n):  # the feature that turns n times over the original context
+    return size * math.log(s.original / (2 * math.pi * n)) / (2 * math.log(theta))
+
+  low, high = max(math.floor(turns(s.beta_fast)), 0), min(math.ceil(turns(s.beta_slow)), size - 1)
+  ramp = np.clip((j - low) / max(high - low, 1e-3), 0, 1)
+  factor = 0.1 * math.log(s.factor) + 1 if s.attention is None else s.attention
+  return (plain / s.factor * ramp + plain * (1 - ramp)).astype(np.float32), factor
+
+
+def rope(config: ModelConfig, x: Array, positions: Array, *, size: int = 0,
+         interleaved: bool = False) -> Array:
+  """Rotary positions on the first `size` features (0 = config.rope_dim, or all), x [B, T, H, K].
+
+  Pairs are (j, j + size / 2), or (2j, 2j + 1) written apart when `interleaved`; positions
+  i32[B, T].
+  """
+  size = size or config.rope_dim or x.shape[-1]
+  freqs, factor = frequencies(size, config.rope_theta, config.rope)
   angle = positions.astype(jnp.float32)[..., None, None] * freqs
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  sin, cos = jnp.sin(angle) * factor, jnp.cos(angle) * factor
+  turned = x[..., :size].astype(jnp.float32)
+  if interleaved:
+    a, b = turned[..., 0::2], turned[..., 1::2]
+  else:
+    a, b = jnp.split(turned, 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+  return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
 
 
-def swiglu(x: Array, gate: Array, up: Array, down: Array) -> Array:
-  """(silu(x gate) * (x up)) down."""
+ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True)}
+
+
+def gated_mlp(act: str, x: Array, gate: Array, up: Array, down: Array) -> Array:
+  """(act(x gate) * (x up)) down; SwiGLU with act silu."""
   dtype = x.dtype
   flat = x.reshape(-1, x.shape[-1])  # XLA's CPU backward of a batched product is twice as slow
-  wide = jax.nn.silu(flat @ gate.astype(dtype)) * (flat @ up.astype(dtype))
+  wide = ACTIVATIONS[act](flat @ gate.astype(dtype)) * (flat @ up.astype(dtype))
   return (wide @ down.astype(dtype)).reshape(x.shape)
 
 
@@ -73,39 +127,51 @@ def _by_row(x: Array, rows: int) -> Array:
   return jnp.moveaxis(x, 2, 1).reshape(rows, heads, -1, length, size)
 
 
-def _attend_block(query: Array, key: Array, value: Array, mask: Array, prefix) -> Array:
-  """query [B, KV, M, T, K], mask bool[B, T, S]; prefix is None or (key, value, mask[P, L])."""
-  query = query / math.sqrt(query.shape[-1])
-  scores = jnp.where(mask[:, None, None], _scores(query, key), -1e30)
+def _capped(scores: Array, cap: float | None) -> Array:
+  return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+
+def _attend_block(query: Array, key: Array, value: Array, mask: Array, prefix, cap) -> Array:
+  """query [B, KV, M, T, K], scaled, mask bool[B, T, S]; prefix is None or (key, value, mask[B, T or
+  1, L])."""
+  scores = jnp.where(mask[:, None, None], _capped(_scores(query, key), cap), -1e30)
   if prefix is None:
     return _mix(jax.nn.softmax(scores, axis=-1), value)
   shared_key, shared_value, shared_mask = prefix
-  rows, groups, size = query.shape[0], *shared_mask.shape
-  shared = _scores(_by_group(query, groups), shared_key)
-  shared = _by_row(jnp.where(shared_mask[:, None, None, None], shared, -1e30), rows)
+  rows, groups, size = query.shape[0], shared_key.shape[0], shared_key.shape[2]
+  shared = _by_row(_capped(_scores(_by_group(query, groups), shared_key), cap), rows)
+  shared = jnp.where(shared_mask[:, None, None], shared, -1e30)
   weights = jax.nn.softmax(jnp.concatenate([shared, scores], axis=-1), axis=-1)
   out = _mix(_by_group(weights[..., :size], groups), shared_value)
   return _by_row(out, rows) + _mix(weights[..., size:], value)
 
 
 def attend(query: Array, key: Array, value: Array, mask_of, *, query_chunk: int,
-           prefix=None) -> Array:
-  """Grouped-query softmax attention; query [B, T, H, K], key, value [B, KV, S, K] -> as query.
+           prefix=None, scale: float | None = None, cap: float | None = None) -> Array:
+  """Grouped-query softmax attention; query [B, T, H, K], key [B, KV, S, K], value [B, KV, S, V] ->
+  [B, T, H, V].
 
   `mask_of(columns)` gives bool[B, len(columns), S] for a range of query columns, so that a long
   sequence never holds more than query_chunk x S scores; the scores of a chunk are recomputed in
-  the backward pass. `prefix` = (key, value [P, KV, L, K], mask bool[P, L]) comes before the keys:
-  it is common to B / P neighbouring rows, and all queries see it where the mask is true.
+  the backward pass. `prefix` = (key [P, KV, L, K], value [P, KV, L, V], mask_of as above, [B,
+  len(columns) or 1, L]) comes before the keys and is common to B / P neighbouring rows. Scores are
+  multiplied by `scale` (K ** -0.5), then softly capped: cap tanh(. / cap).
   """
   batch, length, heads, size = query.shape
   groups = key.shape[1]
+  scale = size**-0.5 if scale is None else scale
+  query = (query.astype(jnp.float32) * scale).astype(query.dtype)
   grouped = query.reshape(batch, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4)
 
   def join(out):
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, size)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, -1, heads, out.shape[-1])
+
+  def block(chunk, columns):
+    shared = None if prefix is None else (*prefix[:2], prefix[2](columns))
+    return _attend_block(chunk, key, value, mask_of(columns), shared, cap)
 
   if length <= query_chunk:
-    return join(_attend_block(grouped, key, value, mask_of(jnp.arange(length)), prefix))
+    return join(block(grouped, jnp.arange(length)))
   num_chunks = -(-length // query_chunk)
   padded = jnp.pad(grouped, ((0, 0),) * 3 + ((0, num_chunks * query_chunk - length), (0, 0)))
   chunks = jnp.moveaxis(padded.reshape(*padded.shape[:3], num_chunks, query_chunk, size), 3, 0)
@@ -114,7 +180,7 @@ def attend(query: Array, key: Array, value: Array, mask_of, *, query_chunk: int,
   def one(args):
     chunk, index = args
     columns = jnp.minimum(index * query_chunk + jnp.arange(query_chunk), length - 1)
-    return _attend_block(chunk, key, value, mask_of(columns), prefix)
+    return block(chunk, columns)
 
-  out = jax.lax.map(one, (chunks, jnp.arange(num_chunks)))
-  return join(jnp.moveaxis(out, 0, 3).reshape(*padded.shape))[:, :length]
+  out = jnp.moveaxis(jax.lax.map(one, (chunks, jnp.arange(num_chunks))), 0, 3)
+  return join(out.reshape(*padded.shape[:-1], out.shape[-1]))[:, :length]

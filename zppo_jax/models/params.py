@@ -40,6 +40,19 @@ class Attention:
   out: types.Array  # [H, K, D]
   query_norm: types.Array | None  # [K]
   key_norm: types.Array | None  # [K]
+  gate: types.Array | None  # [D, H, K], of what was read
+
+
+@types.record
+class Mla:
+  """Attention through a latent of R features; N features without position, P with."""
+
+  query: types.Array | tuple  # [D, H, N + P], or [D, Q], [Q] (norm), [Q, H, N + P]
+  latent: types.Array  # [D, R + P]
+  latent_norm: types.Array  # [R]
+  key: types.Array  # [R, H, N]
+  value: types.Array  # [R, H, V]
+  out: types.Array  # [H, V, D]
 
 
 @types.record
@@ -68,19 +81,34 @@ class Mlp:
 
 
 @types.record
+class Moe:
+  """E experts; tokens also take the shared one, weighed by a gate of their own if there is one."""
+
+  router: types.Array  # [D, E]
+  bias: types.Array | None  # f32[E], selects and does not weigh
+  gate: types.Array  # [E, D, F]
+  up: types.Array  # [E, D, F]
+  down: types.Array  # [E, F, D]
+  shared: Mlp | None
+  shared_gate: types.Array | None  # [D, 1]
+
+
+@types.record
 class Block:
   mixer_norm: types.Array  # [D]
-  mixer: Attention | Delta
+  mixer: Attention | Mla | Delta
   mlp_norm: types.Array  # [D]
-  mlp: Mlp
+  mlp: Mlp | Moe
+  mixer_post_norm: types.Array | None = None  # [D]
+  mlp_post_norm: types.Array | None = None  # [D]
 
 
 @types.record
 class Params:
-  """A decoder. Every leaf of `blocks` has a leading axis of config.repeats."""
+  """A decoder. Leaves of a block have a leading axis of the repeats of its slot."""
 
   embed: types.Array  # [V, D]
-  blocks: tuple[Block, ...]  # one per entry of config.mixers
+  blocks: tuple[Block, ...]  # one per entry of config.slots
   final_norm: types.Array  # [D]
   head: types.Array | None  # [D, V]; None = tied to `embed`
 
@@ -91,22 +119,63 @@ def is_spec(x) -> bool:
 
 def _attention(c: ModelConfig) -> Attention:
   wide, out = c.hidden**-0.5, (c.heads * c.head_dim * 2 * c.layers) ** -0.5
-  norm = Spec((c.head_dim,), ('head_dim',), None, c.param_dtype) if c.qk_norm else None
+  norm = _norm(c, c.head_dim, 'head_dim') if c.qk_norm else None
   kv = Spec((c.hidden, c.kv_heads, c.head_dim), ('embed', 'kv_heads', 'head_dim'), wide,
             c.param_dtype)
+  query = Spec((c.hidden, c.heads, c.head_dim), ('embed', 'heads', 'head_dim'), wide,
+               c.param_dtype)
   return Attention(
-    query=Spec((c.hidden, c.heads, c.head_dim), ('embed', 'heads', 'head_dim'), wide,
-               c.param_dtype),
-    key=kv, value=kv,
+    query=query, key=kv, value=kv, gate=query if c.attn_gate else None,
     out=Spec((c.heads, c.head_dim, c.hidden), ('heads', 'head_dim', 'embed'), out, c.param_dtype),
     query_norm=norm, key_norm=norm)
 
 
-def _mlp(c: ModelConfig) -> Mlp:
-  wide = Spec((c.hidden, c.inter), ('embed', 'mlp'), c.hidden**-0.5, c.param_dtype)
-  down = Spec((c.inter, c.hidden), ('mlp', 'embed'), (c.inter * 2 * c.layers) ** -0.5,
-              c.param_dtype)
+def _mla(c: ModelConfig) -> Mla:
+  m, heads = c.mla, ('heads', 'head_dim')
+
+  def spec(*shape, axes):
+    return Spec(shape, axes, shape[0]**-0.5, c.param_dtype)
+
+  def norm(size):  # of the weight kind in every family
+    return Spec((size,), ('features',), None, 'float32')
+
+  size = m.nope + m.rope
+  query = spec(c.hidden, c.heads, size, axes=('embed', *heads))
+  if m.query_rank:
+    query = (spec(c.hidden, m.query_rank, axes=('embed', None)), norm(m.query_rank),
+             spec(m.query_rank, c.heads, size, axes=(None, *heads)))
+  return Mla(
+    query=query, latent=spec(c.hidden, m.rank + m.rope, axes=('embed', None)),
+    latent_norm=norm(m.rank), key=spec(m.rank, c.heads, m.nope, axes=(None, *heads)),
+    value=spec(m.rank, c.heads, m.value, axes=(None, *heads)),
+    out=Spec((c.heads, m.value, c.hidden), (*heads, 'embed'),
+             (c.heads * m.value * 2 * c.layers) ** -0.5, c.param_dtype))
+
+
+def _mlp(c: ModelConfig, inter: int = 0) -> Mlp:
+  inter = inter or c.inter
+  wide = Spec((c.hidden, inter), ('embed', 'mlp'), c.hidden**-0.5, c.param_dtype)
+  down = Spec((inter, c.hidden), ('mlp', 'embed'), (inter * 2 * c.layers) ** -0.5, c.param_dtype)
   return Mlp(gate=wide, up=wide, down=down)
+
+
+def _moe(c: ModelConfig) -> Moe:
+  m = c.moe
+  wide = Spec((m.experts, c.hidden, m.inter), ('experts', 'embed', 'mlp'), c.hidden**-0.5,
+              c.param_dtype)
+  down = Spec((m.experts, m.inter, c.hidden), ('experts', 'mlp', 'embed'),
+              (m.inter * 2 * c.layers) ** -0.5, c.param_dtype)
+  return Moe(
+    router=Spec((c.hidden, m.experts), ('embed', None), c.hidden**-0.5, 'float32'),
+    bias=Spec((m.experts,), (None,), 0.0, 'float32') if m.bias else None,
+    gate=wide, up=wide, down=down, shared=_mlp(c, m.shared) if m.shared else None,
+    shared_gate=(Spec((c.hidden, 1), ('embed', None), c.hidden**-0.5, c.param_dtype)
+                 if m.shared_gate else None))
+
+
+def _norm(c: ModelConfig, size: int, axis: str = 'features') -> Spec:
+  """Weight of a norm: ones, or zeros where it is an offset from 1."""
+  return Spec((size,), (axis,), 0.0 if c.norm == 'one_plus' else None, 'float32')
 
 
 def _log_uniform(key, shape):
@@ -145,13 +214,14 @@ def _delta(kind: str, c: ModelConfig) -> Delta:
     rate=low_rank(rank, k) if fine else direct(heads, axes=('heads',)),
     value_rate=low_rank(rank, v) if kind == 'fg2_gdn_plus' else None,
     gate=direct(heads, v, axes=head) if per_head else low_rank(v, v),
-    norm=Spec((v,), ('head_dim',), None, c.param_dtype),
+    norm=Spec((v,), ('head_dim',), None, 'float32'),
     out=Spec((heads, v, c.hidden), ('heads', 'head_dim', 'embed'),
              (heads * v * 2 * c.layers) ** -0.5, c.param_dtype))
 
 
-MIXER_PARAMS = {'full': _attention} | {
+MIXER_PARAMS = dict.fromkeys(config_lib.ATTENTION_KINDS, _attention) | {'mla': _mla} | {
   kind: functools.partial(_delta, kind) for kind in config_lib.DELTA_KINDS}
+MLP_PARAMS = {'dense': _mlp, 'moe': _moe}
 
 
 def abstract(config: ModelConfig) -> Params:
@@ -162,15 +232,16 @@ def abstract(config: ModelConfig) -> Params:
     found.append(f'mixers: unknown {unknown}; known: {sorted(MIXER_PARAMS)}')
   if found:
     raise ValueError('model config: ' + '; '.join(found))
-  norm = Spec((config.hidden,), ('features',), None, config.param_dtype)
+  norm = _norm(config, config.hidden)
+  post = norm if config.sandwich else None
 
-  def stack(spec: Spec) -> Spec:
-    return dataclasses.replace(
-      spec, shape=(config.repeats, *spec.shape), axes=('layers', *spec.axes))
+  def stacked(slot: config_lib.Slot) -> Block:
+    block = Block(norm, MIXER_PARAMS[slot.mixer](config), norm, MLP_PARAMS[slot.mlp](config), post,
+                  post)
+    return jax.tree.map(lambda s: dataclasses.replace(
+      s, shape=(slot.repeats, *s.shape), axes=('layers', *s.axes)), block, is_leaf=is_spec)
 
-  blocks = tuple(
-    jax.tree.map(stack, Block(norm, MIXER_PARAMS[m](config), norm, _mlp(config)), is_leaf=is_spec)
-    for m in config.mixers)
+  blocks = tuple(stacked(slot) for slot in config.slots)
   table = Spec((config.vocab, config.hidden), ('vocab', 'embed'), config.hidden**-0.5,
                config.param_dtype)
   head = None if config.tied else Spec(

@@ -6,9 +6,7 @@ whole optimiser batch, never a mean of means. Source: verl, TRL (num_items_in_ba
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from zppo_jax.core.types import Array
 from zppo_jax.ops.groups import widen
@@ -49,13 +47,10 @@ def aggregate(
   loss f32[N, T], mask bool[N, T], traj_tokens f32[N] = loss tokens of the whole trajectory to which
   a row belongs. Fully masked rows count for nothing. A NaN loss outside the mask leaves the value
   alone, but not the gradient of what produced it: zero its inputs before any exp or product.
-  Errors: unknown mode, the last mode without max_tokens >= 1, and outside jit a mask without any
-  token (the train step skips such a mini-batch). Source: arXiv:2503.20783, 2503.14476.
+  Errors: unknown mode, the last mode without max_tokens >= 1. Source: arXiv:2503.20783, 2503.14476.
   """
   if mode not in MODES:
     raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
-  if not isinstance(mask, jax.core.Tracer) and not np.asarray(mask).any():
-    raise ValueError(f'mask: none of its {mask.size} tokens is in the loss')
   mask = jnp.asarray(mask, bool)
   loss = jnp.where(mask, widen(loss), 0)
   tokens = mask.sum(-1).astype(loss.dtype)

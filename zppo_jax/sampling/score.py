@@ -76,7 +76,7 @@ def score(config: ModelConfig, params: Params, rollout: types.Rollout, *, window
   targets = masks.take_window(rollout.tokens, start, window)
   logp, entropy = logprobs.logprobs_chunked(
     hidden, decoder.unembedding(params), targets, chunk=chunk, temperature=temperature,
-    num_valid=config.num_valid)
+    logit_cap=config.logit_cap, num_valid=config.num_valid)
   total = rollout.tokens.shape[1]
 
   def place(x):

@@ -70,9 +70,10 @@ def model_outputs(config: ModelConfig, params: dict[str, Any], rollout: types.Ro
     hidden = score_lib.states(role_config, role_params, rollout, window=s.window,
                               group=group)[0]
     roles[name] = jax.lax.stop_gradient(
-      api.RoleOutputs(hidden, _vocabulary(role_config, role_params)))
+      api.RoleOutputs(hidden, _vocabulary(role_config, role_params), role_config.logit_cap))
   return api.Outputs(scored.logp, scored.entropy, scored.hidden,
-                     _vocabulary(config, params['policy']), scored.start, scored.taps, value, roles)
+                     _vocabulary(config, params['policy']), scored.start, scored.taps, value, roles,
+                     config.logit_cap)
 
 
 def merge_metrics(a: api.Metrics, b: api.Metrics) -> api.Metrics:

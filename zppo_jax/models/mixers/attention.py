@@ -1,4 +1,4 @@
-"""Softmax attention."""
+"""Softmax attention, over all tokens or over a sliding window."""
 
 from __future__ import annotations
 
@@ -14,52 +14,85 @@ from zppo_jax.models.mixers.place import Place
 Array = jax.Array
 
 
-def full_attention(config: ModelConfig, params, x: Array, place: Place, cache: KeyValue | None,
-                   layer, prefix: KeyValue | None = None) -> tuple[Array, KeyValue | None]:
-  """Causal grouped-query attention with QK-norm and rotary positions; x [B, T, D]."""
+def attention(sliding: bool, config: ModelConfig, params, x: Array, place: Place,
+              cache: KeyValue | None, layer, prefix: KeyValue | None = None
+              ) -> tuple[Array, KeyValue | None]:
+  """Causal grouped-query attention with rotary positions; QK-norm and gate where the config says
+  so. x [B, T, D]; `sliding` sees the last config.window keys, its own included."""
   query, key, value = (layers.project(x, w) for w in (params.query, params.key, params.value))
   if config.qk_norm:
-    query = layers.rms_norm(query, params.query_norm, config.norm_eps)
-    key = layers.rms_norm(key, params.key_norm, config.norm_eps)
-  query = layers.rope(query, place.positions, config.rope_theta)
-  key = layers.rope(key, place.positions, config.rope_theta)
+    query = layers.norm(config, query, params.query_norm)
+    key = layers.norm(config, key, params.key_norm)
+  query = layers.rope(config, query, place.positions)
+  key = layers.rope(config, key, place.positions)
   key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)  # [B, KV, T, K]
-  if cache is None:
-    def mask_of(columns):
-      same = jnp.take(place.segment_ids, columns, axis=1)[:, :, None] == place.segment_ids[:, None]
-      return same & (columns[:, None] >= jnp.arange(x.shape[1])[None])
-  else:
-    key, value, cache = _write(cache, key, value, place.start, layer)
-
-    def mask_of(columns):
-      last = jnp.broadcast_to(place.start, x.shape[:1])[:, None] + columns[None]
-      return jnp.arange(key.shape[2])[None, None] <= last[:, :, None]
-
+  window = config.window if sliding else 0
+  mask_of = masks(place, x, None if cache is None else cache.key.shape[-2], window)
+  if cache is not None:
+    new, cache = write(cache, KeyValue(key, value), place.start, layer)
+    key, value = new.key, new.value
   shared = None
   if prefix is not None:
-    filled = jnp.arange(prefix.key.shape[2])[None] < place.prefix_length[:, None]
-    shared = prefix.key, prefix.value, filled
-  out = layers.attend(query, key, value, mask_of, query_chunk=config.query_chunk, prefix=shared)
+    shared = prefix.key, prefix.value, prefix_masks(place, x, prefix.key.shape[-2], window)
+  out = layers.attend(query, key, value, mask_of, query_chunk=config.query_chunk, prefix=shared,
+                      scale=config.attn_scale, cap=config.attn_cap)
+  if config.attn_gate:
+    out = out * jax.nn.sigmoid(layers.project(x, params.gate))
   weight = params.out.astype(x.dtype).reshape(-1, x.shape[-1])
   out = out.reshape(-1, weight.shape[0]) @ weight
   return out.reshape(x.shape), cache
 
 
-def _write(cache: KeyValue, key: Array, value: Array, start: Array, layer):
-  """Writes new keys at start.. of each row; returns this layer's full keys and values.
+def masks(place: Place, x: Array, held: int | None, window: int = 0):
+  """mask_of(columns) of `layers.attend`: causal in the segment, or in the `held` cache columns."""
+  def mask_of(columns):
+    if held is None:
+      last = columns[None]
+      seen = jnp.arange(x.shape[1])[None, None] <= last[..., None]
+      seen &= jnp.take(place.segment_ids, columns, axis=1)[:, :, None] == place.segment_ids[:, None]
+    else:
+      last = jnp.broadcast_to(place.start, x.shape[:1])[:, None] + columns[None]
+      seen = jnp.arange(held)[None, None] <= last[..., None]
+    if window:
+      keys = jnp.arange(seen.shape[-1])[None, None]
+      seen &= keys > last[..., None] - window
+    return seen
 
-  Without `layer` the cache is that of one layer, and all rows start at the same column.
+  return mask_of
+
+
+def prefix_masks(place: Place, x: Array, size: int, window: int = 0):
+  """mask_of(columns) for the shared prompt of each row: what is filled, and inside the window."""
+  length = jnp.repeat(place.prefix_length, x.shape[0] // place.prefix_length.shape[0])
+
+  def mask_of(columns):
+    keys = jnp.arange(size)[None, None]
+    seen = keys < length[:, None, None]
+    if window:
+      own = jnp.broadcast_to(place.start, x.shape[:1])[:, None] + columns[None]
+      seen &= keys > (length[:, None] + own)[..., None] - window
+    return seen
+
+  return mask_of
+
+
+def write(cache, new, start: Array, layer):
+  """Writes new keys at start.. of each row: (this layer's full keys and values, the cache).
+
+  Without `layer` the cache is that of one layer, and all rows start at the same column. Arrays
+  [B, KV, T, K] into [(R,) B, KV, S, K].
   """
   if layer is None:
-    new = jax.tree.map(
-      lambda held, x: axes.constrain(
-        jax.lax.dynamic_update_slice(held, x, (0, 0, start, 0)), *KV_AXES[1:]),
-      cache, KeyValue(key, value))
-    return new.key, new.value, new
-  rows = jnp.arange(key.shape[0])[:, None]
-  columns = start[:, None] + jnp.arange(key.shape[2])[None]
-  new = jax.tree.map(
-    lambda held, x: axes.constrain(
-      held.at[layer, rows, :, columns].set(jnp.swapaxes(x, 1, 2), mode='drop'), *KV_AXES),
-    cache, KeyValue(key, value))
-  return new.key[layer], new.value[layer], new
+    held = jax.tree.map(
+      lambda old, x: axes.constrain(
+        jax.lax.dynamic_update_slice(old, x, (0, 0, start, 0)), *KV_AXES[1:]), cache, new)
+    return held, held
+
+  def put(old, x):
+    rows = jnp.arange(x.shape[0])[:, None]
+    columns = start[:, None] + jnp.arange(x.shape[2])[None]
+    return axes.constrain(
+      old.at[layer, rows, :, columns].set(jnp.swapaxes(x, 1, 2), mode='drop'), *KV_AXES)
+
+  held = jax.tree.map(put, cache, new)
+  return jax.tree.map(lambda x: x[layer], held), held
