@@ -77,9 +77,8 @@ def to_json_fields(family: str, c: ModelConfig) -> dict[str, Any] | None:
 
 
 def _rope(c: ModelConfig) -> dict[str, Any]:
-  found: dict[str, Any] = dict(rope_type='default', rope_theta=c.rope_theta)
-  if c.rope_dim:
-    found['partial_rotary_factor'] = c.rope_dim / c.head_dim
+  found: dict[str, Any] = dict(rope_type='default', rope_theta=c.rope_theta,
+                               partial_rotary_factor=(c.rope_dim or c.head_dim) / c.head_dim)
   if c.rope is None:
     return found
   found |= dict(rope_type=c.rope.kind, factor=c.rope.factor)

@@ -123,11 +123,11 @@ class Planned:
     return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
-def write_folder(path: str, tensors: Mapping[str, Planned], shard_bytes: int = SHARD_BYTES) -> None:
-  """Writes one file, or numbered ones of at most `shard_bytes` with their index."""
+def write_folder(path: str, tensors: Mapping[str, Planned]) -> None:
+  """Writes one file, or numbered ones of at most SHARD_BYTES with their index."""
   parts: list[dict[str, Planned]] = [{}]
   for name, t in tensors.items():
-    if parts[-1] and sum(x.size for x in parts[-1].values()) + t.size > shard_bytes:
+    if parts[-1] and sum(x.size for x in parts[-1].values()) + t.size > SHARD_BYTES:
       parts.append({})
     parts[-1][name] = t
   if len(parts) == 1:
