@@ -68,7 +68,8 @@ def to_json_fields(family: str, c: ModelConfig) -> dict[str, Any] | None:
     vocab_size=c.vocab, hidden_size=c.hidden, num_hidden_layers=c.layers,
     num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, intermediate_size=c.inter,
     rms_norm_eps=c.norm_eps, max_position_embeddings=c.context, tie_word_embeddings=c.tied,
-    layer_types=[_TYPES.get(m, m) for m, _ in c.kinds], use_cache=True)
+    layer_types=[_TYPES.get(m, m) for m, _ in c.kinds], use_cache=True,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None)  # not the defaults of a family
   if family not in ('glm4_moe_lite', 'kimi_linear'):
     common['head_dim'] = c.head_dim
   if family != 'kimi_linear':
@@ -123,7 +124,7 @@ def _text_hybrid(c: ModelConfig) -> dict[str, Any]:
 
 def _gemma2(c: ModelConfig) -> dict[str, Any]:
   return dict(hidden_activation='gelu_pytorch_tanh', attention_bias=False,
-              query_pre_attn_scalar=round(c.attn_scale**-2, 6), attn_logit_softcapping=c.attn_cap,
+              query_pre_attn_scalar=round(c.attn_scale**-2), attn_logit_softcapping=c.attn_cap,
               final_logit_softcapping=c.logit_cap, sliding_window=c.window or 4096)
 
 
