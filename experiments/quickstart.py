@@ -46,7 +46,7 @@ def fit_buckets(config: Any) -> None:
   with config.unlocked():
     config.tokenizer = config.student.tokenizer
   source = build.build_source(config, 'train')
-  questions = Questions(source, build.build_tokenizer(config, source), config.data.template,
+  questions = Questions(source, build.build_tokenizer(config, source), build.build_template(config),
                         config.data.instruction)
   prompt, _, response, _ = build.longest(questions)
   up = lambda tokens: -(-tokens // 8) * 8

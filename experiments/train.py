@@ -5,6 +5,7 @@ A second call with the same config resumes from the newest checkpoint, or says t
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -19,7 +20,7 @@ def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = Fal
   """
   import jax
 
-  from zppo_jax.launch import build, validate
+  from zppo_jax.launch import build, roles, validate
   from zppo_jax.rewards.grade import Grader
   from zppo_jax.train import loop, report
 
@@ -30,6 +31,8 @@ def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = Fal
     return folder
   with Grader(deadline_s=config.data.deadline_secs) as grader:
     loop.train(build.build(config, place.path, grader=grader))
+  if config.ckpt.export and roles.is_published(config.init.checkpoint):
+    roles.export(place.path, os.path.join(place.path, 'export'), config.init.checkpoint)
   paths = report.write_report({config.method.name: place.path}, place.path,
                               title=f'{config.method.name}: {folder}')
   workdir.mark_done(place.path)

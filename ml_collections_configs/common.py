@@ -72,10 +72,10 @@ def base(preset):
   c.init = dict(checkpoint='')
   c.teacher = dict(checkpoint='', model=model('tiny') if tiny else model(
     '27b', dtype='bfloat16', param_dtype='bfloat16'))
-  c.tokenizer = dict(kind='char', path='', pieces=('\\boxed{',))
+  c.tokenizer = dict(kind='auto', path='', pieces=('\\boxed{',))
   c.data = dict(
     path='', schema='auto', on_bad_row='error', heldout_percent=10, tasks=arithmetic_tasks(),
-    size=20_000, eval_size=512, template='plain' if tiny else 'chatml',
+    size=20_000, eval_size=512, template='auto' if tiny else 'chatml',
     instruction='' if tiny else INSTRUCTION, deadline_secs=5.0, allow_fractional=False)
   c.rollout = dict(
     prompt_tokens=32 if tiny else 4096, reformulated_tokens=184 if tiny else 12_288,
@@ -94,6 +94,6 @@ def base(preset):
                 top_p=1.0 if tiny else 0.95, min_p=0.0)
   c.log = dict(every_steps=1, dump_every_steps=10, dump_rows=16, tensorboard=False, progress=True,
                profile_start=-1, profile_steps=3)
-  c.ckpt = dict(every_steps=10, keep=2)
+  c.ckpt = dict(every_steps=10, keep=2, export=True)
   c.launch = dict(compilation_cache='')
   return c

@@ -11,7 +11,7 @@ import pytest
 from experiments.train import train
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import tokenizer as tokenizer_lib
-from zppo_jax.launch import build, workdir
+from zppo_jax.launch import roles, workdir
 from zppo_jax.mesh import place
 from zppo_jax.replay import prompts
 from zppo_jax.train import context, loop
@@ -106,13 +106,13 @@ def test_a_restored_buffer_of_other_questions_is_refused():
 def test_a_teacher_with_another_tokenizer_reads_and_writes_its_own(still):
   other = tokenizer_lib.build_tokenizer(dict(kind='char', pieces=('+1', '=2')))
   own = context.Questions(None, other, 'plain')
-  (_, weights), questions = build._load_teacher(str(still), own, place.make_mesh({'data': -1}))
+  (_, weights), questions = roles.load_teacher(None, str(still), own, place.make_mesh({'data': -1}))
   assert questions.tokenizer.fingerprint != other.fingerprint and questions.template == 'plain'
   assert weights.embed.shape[0] >= questions.tokenizer.vocab_size
   same = dataclasses.replace(own, tokenizer=questions.tokenizer)
-  assert build._load_teacher(str(still), same, place.make_mesh({'data': -1}))[1] is None
+  assert roles.load_teacher(None, str(still), same, place.make_mesh({'data': -1}))[1] is None
   with pytest.raises(UserError, match='init.checkpoint.* trained with another tokenizer'):
-    build._load_init(str(still), None, other, place.make_mesh({'data': -1}))
+    roles.load_init(str(still), None, other, place.make_mesh({'data': -1}))
 
 
 def test_teacher_checkpoint_must_be_a_run(tmp_path):

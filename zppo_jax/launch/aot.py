@@ -170,17 +170,17 @@ class Pod:
 
 def describe(config: Any, topology: str) -> Pod:
   """Shapes of a config on a topology; the config must be valid for its device count."""
-  from zppo_jax.launch import build, validate
+  from zppo_jax.launch import build, roles, validate
 
   devices, hbm = topology_devices(topology)
   validate.validate(config, num_devices=len(devices), aot=True)
   method = build.build_method(config)
   teacher = None
   if method.needs & {'teacher', 'teacher_hidden', 'teacher_logp'}:
-    teacher = build.model_config(config.teacher.model)
+    teacher = roles.architecture(config.teacher.model, config.teacher.checkpoint)
   r = config.rollout
   return Pod(
-    model=build.model_config(config.model), method=method,
+    model=roles.architecture(config.model, config.init.checkpoint), method=method,
     optimizer=state.make_optimizer(state.Optim(**config.optim)),
     step_settings=build.step_settings(config), sampling=build.sampling_settings(config, 1),
     prompt_tokens=r.prompt_tokens, reformulated_tokens=r.reformulated_tokens,

@@ -4,26 +4,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from typing import Any
 
 import jax
 
-from zppo_jax.core import trees
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import batches
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.data.tasks import sources
+from zppo_jax.launch import roles
 from zppo_jax.mesh import place
 from zppo_jax.methods import api, table
-from zppo_jax.models import config as config_lib
-from zppo_jax.models import params as params_lib
-from zppo_jax.models import presets
-from zppo_jax.models.config import ModelConfig
 from zppo_jax.rewards.grade import Grader
 from zppo_jax.sampling import decode
-from zppo_jax.train import checkpoint, evaluate, run, state, step
+from zppo_jax.train import evaluate, run, state, step
 from zppo_jax.train.context import Questions, Setup
 
 TOKENIZER_TEXTS = 2000  # examples whose characters a character tokenizer must know
@@ -73,73 +67,20 @@ def texts_of(source, limit: int = TOKENIZER_TEXTS):
 def build_tokenizer(config: Any, source):
   """Tokenizer of a config; a character tokenizer knows every character of the data."""
   spec = {k: v for k, v in config.tokenizer.items() if v}
+  if spec['kind'] == 'auto':
+    own = roles.own_tokenizer(config.init.checkpoint)
+    spec |= dict(kind='hf', path=spec.get('path', own)) if own else dict(kind='char')
   if spec['kind'] != 'char':
     spec.pop('pieces', None)
   limit = len(source) if config.data.path else TOKENIZER_TEXTS
   return tokenizer_lib.build_tokenizer(spec, texts_of(source, limit))
 
 
-def model_config(section: Any, vocab_size: int = 0) -> ModelConfig:
-  """ModelConfig of a config section; `vocab_size` is the tokenizer's."""
-  fields = presets.expand(dict(section))
-  fields['linear_kernel'] = fields['linear_kernel'] or None
-  multiple = fields.pop('vocab_multiple')
-  valid = vocab_size or fields['vocab']
-  if not fields['vocab']:
-    fields['vocab'] = -(-vocab_size // multiple) * multiple
-  fields['mixers'] = tuple(fields['mixers'])
-  return ModelConfig(**fields, num_valid=valid)
-
-
-def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
-  """(model config, policy weights, facts) of a run's newest checkpoint, placed on a mesh.
-
-  Raises UserError when the folder is no workdir of a run.
-  """
-  facts_path = os.path.join(folder, 'model.json')
-  if not os.path.exists(facts_path):
-    raise UserError(f'checkpoint {folder!r} is not the workdir of a run: it has no model.json')
-  with open(facts_path, encoding='utf-8') as file:
-    facts = json.load(file)
-  config = config_lib.from_dict(facts['model'])
-  specs = params_lib.abstract(config)
-  saved = checkpoint.load_params(os.path.join(os.path.abspath(folder), 'checkpoints'))
-  leaves = trees.named_leaves(saved)
-  shardings = params_lib.shardings(specs, mesh)
-
-  def pick(path, spec, sharding):
-    return jax.device_put(leaves[trees.path_name(path)], sharding)
-
-  params = jax.tree_util.tree_map_with_path(pick, specs, shardings, is_leaf=params_lib.is_spec)
-  return config, params, facts
-
-
-def write_facts(workdir: str, config: ModelConfig, tokenizer) -> None:
-  """model.json and tokenizer.json: what `load_policy` needs from this run later."""
-  facts = dict(model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
-  with open(os.path.join(workdir, 'model.json'), 'w', encoding='utf-8') as file:
-    json.dump(facts, file, indent=2)
-  tokenizer_lib.save(tokenizer, os.path.join(workdir, 'tokenizer.json'))
-
-
-def _load_init(folder: str, model: ModelConfig, tokenizer, mesh):
-  """Weights of a warm start: of the run's own architecture and tokenizer."""
-  found, params, facts = load_policy(folder, mesh)
-  if facts['tokenizer'] != tokenizer.fingerprint:
-    raise UserError(f'init.checkpoint: {folder} was trained with another tokenizer '
-                    f'({facts["tokenizer"]}, this run {tokenizer.fingerprint})')
-  if found != model:
-    raise UserError(f'init.checkpoint: {folder} holds {found}, this run {model}')
-  return params
-
-
-def _load_teacher(folder: str, questions: Questions, mesh):
-  """((config, params), questions in its own tokens, or None where they are the policy's)."""
-  model, params, facts = load_policy(folder, mesh)
-  if facts['tokenizer'] == questions.tokenizer.fingerprint:
-    return (model, params), None
-  own = tokenizer_lib.load(os.path.join(folder, 'tokenizer.json'))
-  return (model, params), dataclasses.replace(questions, tokenizer=own)
+def build_template(config: Any):
+  """Template of a config; 'auto' is that of the published checkpoint, or plain text."""
+  if config.data.template != 'auto':
+    return config.data.template
+  return roles.own_template(config.init.checkpoint) or 'plain'
 
 
 def sampling_settings(config: Any, stop_id: int) -> decode.Settings:
@@ -203,10 +144,9 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   mesh = place.make_mesh(config.mesh)
   train_source, eval_source = build_source(config, 'train'), build_source(config, 'validation')
   tokenizer = build_tokenizer(config, train_source)
-  model = model_config(config.model, tokenizer.vocab_size)
-  write_facts(workdir, model, tokenizer)
-  template = config.data.template
-  questions = Questions(train_source, tokenizer, template, config.data.instruction)
+  model = roles.architecture(config.model, config.init.checkpoint, tokenizer.vocab_size)
+  roles.write_facts(workdir, model, tokenizer)
+  questions = Questions(train_source, tokenizer, build_template(config), config.data.instruction)
   held_out = dataclasses.replace(questions, source=eval_source)
   given = config.rollout.max_new_tokens if 'solutions' in method.needs else None
   check_lengths(questions, prompt_tokens=config.rollout.prompt_tokens, response_tokens=given)
@@ -214,9 +154,10 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   sampling = sampling_settings(config, questions.stop_id)
   teacher = teacher_questions = warm = None
   if config.teacher.checkpoint:
-    teacher, teacher_questions = _load_teacher(config.teacher.checkpoint, questions, mesh)
+    teacher, teacher_questions = roles.load_teacher(
+      config.teacher.model, config.teacher.checkpoint, questions, mesh)
   if config.init.checkpoint:
-    warm = _load_init(config.init.checkpoint, model, tokenizer, mesh)
+    warm = roles.load_init(config.init.checkpoint, model, tokenizer, mesh)
   r, e = config.rollout, config.eval
   setup = Setup(
     model=model, questions=questions, grader=grader, sampling=sampling,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from zppo_jax.core.errors import ConfigError
-from zppo_jax.launch import build
+from zppo_jax.core.errors import ConfigError, UserError
+from zppo_jax.launch import build, roles
 from zppo_jax.launch.config import (
   Problem,
   check_divisible,
@@ -74,22 +75,25 @@ def _model(config: Any) -> list[Problem]:
   found = check_enum('model.preset', config.model.preset, ('', *presets.PRESETS))
   if found:
     return found
-  fake = build.model_config(config.model, 128)
+  try:
+    fake = roles.architecture(config.model, config.init.checkpoint, 64)
+  except UserError as error:
+    return [Problem('init.checkpoint', str(error))]
   found = [p for m in dict.fromkeys(fake.mixers)
            for p in check_enum('model.mixers', m, params_lib.MIXER_PARAMS)]
   return found or [Problem(f'model.{p.split(":")[0]}', p.split(': ', 1)[1])
           for p in model_lib.problems(fake)]
 
 
-def _lengths(config: Any, method: Any) -> list[Problem]:
+def _lengths(config: Any, method: Any, model: Any) -> list[Problem]:
   """Rows must fit the context; reformulated prompts are never truncated, so their bound must
   fit."""
   r, found = config.rollout, []
   for name in ('prompt_tokens', 'reformulated_tokens'):
     total = r[name] + r.max_new_tokens
-    if total > config.model.context:
+    if total > model.context:
       found.append(Problem(f'rollout.{name}', f'{r[name]} + max_new_tokens {r.max_new_tokens} = '
-                           f'{total} exceeds model.context = {config.model.context}'))
+                           f'{total} exceeds model.context = {model.context}'))
   wanted = 0
   if getattr(method, 'reformulates', False):
     wanted = reformulate.prompt_bound(r.prompt_tokens, method.group_size, method.compress_tokens,
@@ -102,14 +106,15 @@ def _lengths(config: Any, method: Any) -> list[Problem]:
   return found
 
 
-def _sharding(config: Any, method: Any, num_devices: int) -> list[Problem]:
+def _sharding(config: Any, method: Any, model: Any, num_devices: int) -> list[Problem]:
   try:
     shape = place.resolve_shape(config.mesh, num_devices)
   except ValueError as error:
     return [Problem('mesh', str(error).removeprefix('mesh: '))]
+  found = [] if model is None else _axes(model, shape)
   if method is None:
-    return []
-  found, built = [], build.build_method(config)
+    return found
+  built = build.build_method(config)
   shards, pieces = shape['data'] * shape['fsdp'], config.train.micro_batches
   for part in (api.Slots(built.capacity, built.group_size), *built.extra):
     slots = -(-part.capacity // built.iterations)
@@ -123,12 +128,25 @@ def _sharding(config: Any, method: Any, num_devices: int) -> list[Problem]:
   return found
 
 
+def _axes(model: Any, shape: Mapping[str, int]) -> list[Problem]:
+  """Heads and experts that their mesh axis does not divide; few key heads may stay whole."""
+  sizes = [('tensor', 'heads', model.heads)]
+  if set(model.mixers) & set(model_lib.DELTA_KINDS):
+    sizes.append(('tensor', 'linear_value_heads', model.linear_value_heads))
+  if model.moe is not None:
+    sizes.append(('expert', 'moe.experts', model.moe.experts))
+  return [p for axis, name, size in sizes for p in check_divisible(
+    f'model.{name}', size, shape[axis], by=f'mesh.{axis}')]
+
+
 def _roles(config: Any, method: Any) -> list[Problem]:
   found = []
   for name in ('init', 'teacher'):
     folder = config[name].checkpoint
-    if folder and not os.path.isdir(os.path.join(folder, 'checkpoints')):
-      found.append(Problem(f'{name}.checkpoint', f'{folder!r} has no checkpoints folder'))
+    if folder and not roles.is_published(folder) and not os.path.isdir(
+        os.path.join(folder, 'checkpoints')):
+      found.append(Problem(f'{name}.checkpoint', f'{folder!r} is neither a published checkpoint '
+                           '(no config.json) nor the workdir of a run (no checkpoints folder)'))
   if method is None:
     return found
   needs = build.build_method(config).needs
@@ -160,7 +178,7 @@ def _staleness(config: Any, method: Any) -> list[Problem]:
 def _data(config: Any) -> list[Problem]:
   found = check_enum('data.on_bad_row', config.data.on_bad_row, ('error', 'skip'))
   found += check_enum('tokenizer.kind', config.tokenizer.kind,
-                      ('char', 'sentencepiece', 'hf', 'saved'))
+                      ('auto', 'char', 'sentencepiece', 'hf', 'saved'))
   if config.data.path and not os.path.exists(config.data.path):
     found.append(Problem('data.path', f'{config.data.path!r} does not exist; expected .jsonl, '
                          '.json or .parquet rows with question and answer fields'))
@@ -180,7 +198,10 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
   found += _model(config)
   if not aot:  # checkpoints and files are only needed where it runs
     found += _data(config) + _roles(config, method)
-  found += _lengths(config, method) + _sharding(config, method, num_devices)
+  model = None if _model(config) else roles.architecture(config.model, config.init.checkpoint, 64)
+  if model is not None:
+    found += _lengths(config, method, model)
+  found += _sharding(config, method, model, num_devices)
   return found + _staleness(config, method)
 
 

@@ -1,0 +1,156 @@
+"""Models of a run and where they come from: a config section, the workdir of an earlier run, or a
+published checkpoint folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+
+from zppo_jax import models
+from zppo_jax.core import trees
+from zppo_jax.core.errors import UserError
+from zppo_jax.data import jinja_templates
+from zppo_jax.data import tokenizer as tokenizer_lib
+from zppo_jax.mesh import place
+from zppo_jax.models import config as config_lib
+from zppo_jax.models import hf_config, presets
+from zppo_jax.models import params as params_lib
+from zppo_jax.models.config import ModelConfig
+from zppo_jax.train import checkpoint
+from zppo_jax.train.context import Questions
+
+# What a config section still decides when the architecture comes from a checkpoint.
+RUN_FIELDS = ('dtype', 'param_dtype', 'remat', 'unroll', 'query_chunk')
+
+
+def is_published(folder: str) -> bool:
+  """Whether a folder holds a published checkpoint, and not the workdir of a run."""
+  return bool(folder) and os.path.exists(os.path.join(folder, 'config.json')) and not (
+    os.path.exists(os.path.join(folder, 'model.json')))
+
+
+def own_tokenizer(folder: str) -> str:
+  """Folder of the tokenizer that came with a published checkpoint, or ''."""
+  found = is_published(folder) and os.path.exists(os.path.join(folder, 'tokenizer.json'))
+  return folder if found else ''
+
+
+def own_template(folder: str):
+  """Chat template that came with a published checkpoint, or None."""
+  if not is_published(folder):
+    return None
+  try:
+    return jinja_templates.load_template(folder)
+  except (FileNotFoundError, jinja_templates.TemplateError):
+    return None
+
+
+def model_config(section: Any, vocab_size: int = 0) -> ModelConfig:
+  """ModelConfig of a config section; `vocab_size` is the tokenizer's."""
+  fields = presets.expand(dict(section))
+  fields['linear_kernel'] = fields['linear_kernel'] or None
+  multiple = fields.pop('vocab_multiple')
+  valid = vocab_size or fields['vocab']
+  if not fields['vocab']:
+    fields['vocab'] = -(-vocab_size // multiple) * multiple
+  fields['mixers'] = tuple(fields['mixers'])
+  return ModelConfig(**fields, num_valid=valid)
+
+
+def architecture(section: Any, folder: str, vocab_size: int = 0) -> ModelConfig:
+  """ModelConfig of a role: of the published checkpoint that it starts from, else of its section.
+
+  Raises UserError on a checkpoint that is not supported, or too small for the tokenizer.
+  """
+  if not is_published(folder):
+    return model_config(section, vocab_size)
+  found = hf_config.read(folder)
+  if vocab_size > found.vocab:
+    raise UserError(f'{folder}: {found.vocab} rows of the embedding, but the tokenizer has '
+                    f'{vocab_size} ids')
+  own = {name: section[name] for name in RUN_FIELDS}
+  return dataclasses.replace(found, **own, linear_kernel=section['linear_kernel'] or None,
+                             num_valid=vocab_size or found.vocab)
+
+
+def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
+  """(model config, policy weights, facts) of a run's newest checkpoint, placed on a mesh.
+
+  Raises UserError when the folder is no workdir of a run.
+  """
+  facts_path = os.path.join(folder, 'model.json')
+  if not os.path.exists(facts_path):
+    raise UserError(f'checkpoint {folder!r} is neither the workdir of a run (no model.json) nor a '
+                    'published checkpoint (no config.json)')
+  with open(facts_path, encoding='utf-8') as file:
+    facts = json.load(file)
+  config = config_lib.from_dict(facts['model'])
+  specs = params_lib.abstract(config)
+  saved = checkpoint.load_params(os.path.join(os.path.abspath(folder), 'checkpoints'))
+  leaves = trees.named_leaves(saved)
+  shardings = params_lib.shardings(specs, mesh)
+
+  def pick(path, spec, sharding):
+    return jax.device_put(leaves[trees.path_name(path)], sharding)
+
+  params = jax.tree_util.tree_map_with_path(pick, specs, shardings, is_leaf=params_lib.is_spec)
+  return config, params, facts
+
+
+def write_facts(workdir: str, config: ModelConfig, tokenizer) -> None:
+  """model.json and tokenizer.json: what `load_policy` needs from this run later."""
+  facts = dict(model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
+  with open(os.path.join(workdir, 'model.json'), 'w', encoding='utf-8') as file:
+    json.dump(facts, file, indent=2)
+  tokenizer_lib.save(tokenizer, os.path.join(workdir, 'tokenizer.json'))
+
+
+def load_init(folder: str, model: ModelConfig, tokenizer, mesh):
+  """Weights to start from: of the run's own architecture, and from a run of its own tokenizer."""
+  if is_published(folder):
+    return _published(folder, model, mesh)
+  found, params, facts = load_policy(folder, mesh)
+  if facts['tokenizer'] != tokenizer.fingerprint:
+    raise UserError(f'init.checkpoint: {folder} was trained with another tokenizer '
+                    f'({facts["tokenizer"]}, this run {tokenizer.fingerprint})')
+  if found != model:
+    raise UserError(f'init.checkpoint: {folder} holds {found}, this run {model}')
+  return params
+
+
+def _published(folder: str, model: ModelConfig, mesh):
+  found, params = models.load(folder, mesh=mesh, dtype=model.dtype, param_dtype=model.param_dtype)
+  if found.tied != model.tied:
+    raise UserError(f'{folder}: config.json says tied, lm_head.weight says not')
+  return params
+
+
+def load_teacher(section: Any, folder: str, questions: Questions, mesh):
+  """((config, params), questions in its own tokens, or None where they are the policy's)."""
+  if is_published(folder):
+    own = questions.tokenizer
+    if own_tokenizer(folder):
+      own = tokenizer_lib.build_tokenizer(dict(kind='hf', path=folder))
+    model = architecture(section, folder, own.vocab_size)
+    params, known = _published(folder, model, mesh), own.fingerprint
+  else:
+    model, params, facts = load_policy(folder, mesh)
+    own, known = None, facts['tokenizer']
+  if known == questions.tokenizer.fingerprint:
+    return (model, params), None
+  own = own or tokenizer_lib.load(os.path.join(folder, 'tokenizer.json'))
+  template = own_template(folder) or questions.template
+  return (model, params), dataclasses.replace(questions, tokenizer=own, template=template)
+
+
+def export(workdir: str, out: str, source: str = '', dtype: str | None = None) -> None:
+  """Writes the newest policy of a run as a published checkpoint folder; see `models.save`.
+
+  `source` is the published checkpoint that the run started from, if any.
+  """
+  config, params, _ = load_policy(workdir, place.make_mesh({'data': len(jax.devices())}))
+  models.save(out, config, params, source=source or None, dtype=dtype)
