@@ -11,16 +11,13 @@ PRESETS = ('tiny', 'local', 'pod')
 INSTRUCTION = ('Think step by step inside <think> and </think>, then give the final answer inside '
                '\\boxed{}.')
 
-# Sizes by formula until checkpoints are loaded; vocab 0 = from the tokenizer.
+# Published shapes are presets; vocab 0 = from the tokenizer.
 MODELS = {
   'tiny': dict(hidden=96, layers=2, heads=4, kv_heads=2, head_dim=24, inter=192, rope_theta=1e4,
                unroll=2, vocab_multiple=8),
-  '0.6b': dict(hidden=1024, layers=28, heads=16, kv_heads=8, head_dim=128, inter=3072,
-               vocab=151_936),
-  '2b': dict(hidden=2048, layers=28, heads=16, kv_heads=8, head_dim=128, inter=6144,
-             vocab=248_320),
-  '27b': dict(hidden=5120, layers=64, heads=24, kv_heads=4, head_dim=256, inter=17_408,
-              vocab=248_320, tied=False),
+  '0.6b': dict(preset='qwen3-0.6b'),
+  '2b': dict(preset='qwen3.5-2b'),
+  '27b': dict(preset='qwen3.5-27b'),
 }
 
 
