@@ -44,7 +44,7 @@ def fit_buckets(config: Any) -> None:
   from zppo_jax.train.context import Questions
 
   with config.unlocked():
-    config.tokenizer = config.student.tokenizer
+    config.tokenizer, config.init = config.student.tokenizer, config.student.init
   source = build.build_source(config, 'train')
   questions = Questions(source, build.build_tokenizer(config, source), build.build_template(config),
                         config.data.instruction)

@@ -33,7 +33,7 @@ def model(name, **changes):
   """A model section by size name."""
   fields = dict(preset='', vocab=0, vocab_multiple=128, qk_norm=True, rope_theta=1e6,
                 norm_eps=1e-6, tied=True,
-                dtype='float32', param_dtype='float32', remat=False, unroll=1, query_chunk=1024,
+                dtype='float32', param_dtype='float32', remat='none', unroll=1, query_chunk=1024,
                 mixers=('full',), context=32_768, linear_heads=0, linear_value_heads=0,
                 linear_key_dim=0, linear_value_dim=0, linear_conv=4, linear_rank=0,
                 linear_negative=False, linear_kernel='')
@@ -65,8 +65,9 @@ def base(preset):
   c.allow_uncorrected_staleness = False
   c.method = config_dict.ConfigDict(dict(name='grpo'))
   c.model = model('tiny') if tiny else model(
-    '2b' if preset == 'pod' else '0.6b', dtype='bfloat16', param_dtype='float32', remat=True)
+    '2b' if preset == 'pod' else '0.6b', dtype='bfloat16', param_dtype='float32', remat='full')
   c.init = dict(checkpoint='')
+  c.lora = dict(rank=0, alpha=32.0, targets=())  # rank 0 trains all parameters
   c.teacher = dict(checkpoint='', model=model('tiny') if tiny else model(
     '27b', dtype='bfloat16', param_dtype='bfloat16'))
   c.tokenizer = dict(kind='auto', path='', pieces=('\\boxed{',))

@@ -375,6 +375,7 @@ def learns_addition(prime: int, *, warm_steps: int, noise: float, steps: int, nu
   return np.mean(rewards[:5]), np.mean(rewards[-10:])
 
 
+@pytest.mark.slow
 def test_grpo_learns_addition_in_short():
   """Miniature 8 on addition modulo 7: the same rise in a fraction of the time."""
   before, after = learns_addition(7, warm_steps=120, noise=0.7, steps=30, num_new=16, seed=0)

@@ -14,7 +14,8 @@ from zppo_jax.train import run as run_lib
 pytestmark = pytest.mark.usefixtures('quick_compiles')
 
 
-@pytest.mark.parametrize('name', ('zppo_ncq',))
+@pytest.mark.parametrize('name', ('zppo_grpo_buffer',
+                                  pytest.param('zppo_ncq', marks=pytest.mark.slow)))
 def test_hybrid_policy_trains_and_its_scorer_agrees_with_its_sampler(name):
   model = tiny.model(layers=2, mixers=('fg2_gdn_plus', 'full'), linear_heads=1,
                      linear_value_heads=2, linear_key_dim=8, linear_value_dim=8)

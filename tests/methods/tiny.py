@@ -152,8 +152,8 @@ def minibatch_key(run: run_lib.Run, at: int):
 
 def take_step(run: run_lib.Run, programs: run_lib.Programs, train_state, at: int) -> Step:
   """Plan, draw, explore, score, credit, update, absorb: as `loop.train` does it."""
-  method_state, item = loop.sample(run, train_state.params['policy'], train_state.method, at,
-                                   train_state.version, context.no_timer)
+  method_state, item = loop.sample(run, programs.policy(train_state.params), train_state.method,
+                                   at, train_state.version, context.no_timer)
   method_state, parts = programs.prepare(train_state.params, method_state, item.rollouts,
                                          minibatch_key(run, at), programs.roles, item.group_sizes)
   before = copy(dataclasses.replace(train_state, method=method_state))

@@ -225,9 +225,10 @@ def test_gradients_are_those_of_finite_differences(name):
     assert slope == pytest.approx(size, rel=0.05, abs=5e-3), key
 
 
-@pytest.mark.parametrize('shape', [dict(data=2), dict(fsdp=4), dict(data=2, tensor=2, fsdp=2),
-                                   dict(expert=2, data=2, tensor=2)], ids=str)
-@pytest.mark.parametrize('name', ['qwen3_5_moe', 'kimi_linear'])
+@pytest.mark.parametrize('name, shape', [
+  ('qwen3_5_moe', dict(data=2)), ('qwen3_5_moe', dict(expert=2, data=2, tensor=2)),
+  ('qwen3_5_moe', dict(context=2, data=2)), ('kimi_linear', dict(fsdp=4)),
+  ('kimi_linear', dict(expert=2, context=2, tensor=2))], ids=str)
 def test_meshes_give_the_same_loss_and_gradients(name, shape):
   config, params, tokens, _, wanted = gradients(name)
   count = int(np.prod(list(shape.values())))

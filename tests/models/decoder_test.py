@@ -75,7 +75,8 @@ def test_cached_decoding_equals_the_full_forward_at_uneven_lengths(params, token
 
 def test_query_chunks_remat_and_unrolling_change_nothing(params, tokens):
   whole = logits(params, tokens)
-  for changes in (dict(query_chunk=5), dict(query_chunk=1), dict(remat=True), dict(unroll=3)):
+  for changes in (dict(query_chunk=5), dict(query_chunk=1), dict(remat='full'),
+                  dict(remat='dots'), dict(unroll=3)):
     config = dataclasses.replace(CONFIG, **changes)
     np.testing.assert_allclose(logits(params, tokens, config), whole, atol=2e-6)
 
@@ -85,7 +86,7 @@ def test_gradients_agree_under_remat_and_query_chunks(params, tokens):
     return jnp.sum(decoder.forward(config, p, tokens, want='hidden').hidden ** 3)
 
   plain = jax.grad(loss)(params, CONFIG)
-  other = jax.grad(loss)(params, dataclasses.replace(CONFIG, remat=True, query_chunk=5))
+  other = jax.grad(loss)(params, dataclasses.replace(CONFIG, remat='full', query_chunk=5))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), plain, other)
 
 
@@ -115,10 +116,10 @@ def test_unknown_tap_is_named(params, tokens, tap):
 
 
 def test_bad_configs_list_everything():
-  bad = dataclasses.replace(CONFIG, heads=3, head_dim=7, mixers=('full', 'none'))
+  bad = dataclasses.replace(CONFIG, heads=3, head_dim=7, mixers=('full', 'none'), remat='some')
   with pytest.raises(ValueError) as error:
     params_lib.abstract(bad)
-  for part in ('heads', 'head_dim', 'layers', "unknown ['none']"):
+  for part in ('heads', 'head_dim', 'layers', "unknown ['none']", 'remat: must be one of'):
     assert part in str(error.value)
   assert config_lib.problems(CONFIG) == []
 

@@ -20,7 +20,7 @@ SMALL = ('--config.model.hidden=32', '--config.model.inter=64', '--config.data.e
          '--config.rollout.prompt_tokens=32', '--config.rollout.max_new_tokens=40')
 WARM = ('--config.num_steps=100', '--config.optim.learning_rate=5e-3',
         '--config.log.every_steps=50')
-STEPS, KILLS = 14, 10
+STEPS = 14
 
 
 def command(config, workdir, cache, *extra):
@@ -81,27 +81,31 @@ def zppo(base, name, *extra):
                  '--config.eval.every_steps=5', '--config.ckpt.every_steps=1', *extra)
 
 
-def test_kills_at_random_moments_change_nothing(base):
-  run(zppo(base, 'whole'))
+@pytest.mark.parametrize('kills', [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(base, kills):
+  """The last one is a SIGTERM, which saves first and asks for a restart."""
+  run(zppo(base, f'whole_{kills}'))
   rng = random.Random(0)
-  broken, killed_at = base / 'broken', []
-  for i in range(KILLS):
-    process = subprocess.Popen(zppo(base, 'broken'), cwd=ROOT, env=environment(),
+  name, killed_at = f'broken_{kills}', []
+  broken = base / name
+  for i in range(kills):
+    process = subprocess.Popen(zppo(base, name), cwd=ROOT, env=environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while newest(broken) < i and process.poll() is None:
       time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.4))  # in a step, in a checkpoint, or in a metrics row
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    last = i + 1 == kills
+    process.send_signal(signal.SIGTERM if last else signal.SIGKILL)
+    assert process.wait() == (42 if last else -signal.SIGKILL)
     killed_at.append(newest(broken))
   assert max(killed_at) < STEPS, 'the run ended before the last kill: it proves nothing'
-  run(zppo(base, 'broken', '--resume=must'))
-  whole, broken = final_state(base / 'whole'), final_state(base / 'broken')
+  run(zppo(base, name, '--resume=must'))
+  whole, broken = final_state(base / f'whole_{kills}'), final_state(broken)
   jax.tree.map(np.testing.assert_array_equal, whole[0], broken[0])
   assert int(whole[0]['updates']) > 0 and whole[0]['method']['valid'].any()
   assert whole[1]['stream'] == broken[1]['stream']
-  for name in ('metrics.jsonl', 'metrics.csv'):
-    assert (base / 'whole' / name).read_bytes() == (base / 'broken' / name).read_bytes(), name
+  for file in ('metrics.jsonl', 'metrics.csv'):
+    assert (base / f'whole_{kills}' / file).read_bytes() == (base / name / file).read_bytes(), file
 
 
 def test_second_run_says_that_it_is_done(base):
@@ -111,6 +115,7 @@ def test_second_run_says_that_it_is_done(base):
   assert (base / 'warm' / 'metrics.jsonl').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_stale_rollouts_resume_too(base):
   """With a teacher in the prompt too: its answers and the coin of BCQ come back the same."""
   extra = ('--config.max_staleness=2', '--config.allow_uncorrected_staleness=True',

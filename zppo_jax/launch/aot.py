@@ -7,7 +7,9 @@ Needs the `libtpu` wheel (extra `aot`); no TPU. Nothing is allocated.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,12 +21,25 @@ from jax.sharding import PartitionSpec as P
 from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import axes, place
 from zppo_jax.methods import api
+from zppo_jax.models import cache as cache_lib
+from zppo_jax.models import flops
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.sampling import decode
 from zppo_jax.train import checkpoint, prepare, state, step
 
-HBM_BYTES = {'v5e': 16 << 30, 'v5p': 95 << 30, 'v6e': 32 << 30}  # per chip
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a chip has, by its data sheet."""
+
+  hbm_bytes: int
+  flops: float  # per second, bfloat16
+  bandwidth: float  # bytes per second
+
+
+CHIPS = {'v5e': Chip(16 << 30, 197e12, 819e9), 'v5p': Chip(95 << 30, 459e12, 2765e9),
+         'v6e': Chip(32 << 30, 918e12, 1640e9)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +51,13 @@ class Report:
   temp_bytes: int
   output_bytes: int
   alias_bytes: int
-  flops: float
-  hbm_bytes: int
+  parts: dict[str, int]  # bytes of the arguments by role
+  compile_seconds: float
+  flops: float  # of the model, by formula, over all chips
+  executed: float  # with what is computed again in the backward pass
+  moved: float  # bytes that one chip must read at least
+  chips: int
+  chip: Chip
 
   @property
   def total_bytes(self) -> int:
@@ -45,29 +65,42 @@ class Report:
 
   @property
   def fits(self) -> bool:
-    return self.total_bytes <= self.hbm_bytes
+    return self.total_bytes <= self.chip.hbm_bytes
+
+  @property
+  def seconds(self) -> float:
+    """Lower bound of the time: what the chips can compute, or read."""
+    return max(self.executed / (self.chips * self.chip.flops), self.moved / self.chip.bandwidth)
+
+  @property
+  def mfu(self) -> float:
+    """Share of the peak that the model's own operations reach in that time: an upper bound."""
+    return self.flops / (self.chips * self.chip.flops * self.seconds)
 
   def line(self) -> str:
     gib = [x / 2**30 for x in (self.argument_bytes, self.temp_bytes, self.total_bytes,
-                               self.hbm_bytes)]
-    verdict = 'fits' if self.fits else 'DOES NOT FIT'
-    return (f'{self.name:10s} arguments {gib[0]:7.2f} GiB  temporaries {gib[1]:7.2f} GiB  total '
-            f'{gib[2]:7.2f} of {gib[3]:.0f} GiB per chip: {verdict}; {self.flops:.3g} flops')
+                               self.chip.hbm_bytes)]
+    verdict = 'fits' if self.fits else f'DOES NOT FIT by {gib[2] - gib[3]:.2f} GiB'
+    parts = ', '.join(f'{k} {v / 2**30:.2f}' for k, v in self.parts.items())
+    return (f'{self.name:10s} arguments {gib[0]:7.2f} GiB ({parts})  temporaries {gib[1]:7.2f} GiB '
+            f' total {gib[2]:7.2f} of {gib[3]:.0f} GiB per chip: {verdict}; {self.flops:.3g} flops,'
+            f' at least {self.seconds:.3g} s (MFU at most {self.mfu:.0%}); compiled in '
+            f'{self.compile_seconds:.0f} s')
 
 
-def topology_devices(name: str) -> tuple[Sequence[Any], int]:
-  """(devices, HBM bytes per chip) of 'v5p:4x4x4'. Raises UserError on a malformed or unknown
+def topology_devices(name: str) -> tuple[Sequence[Any], Chip]:
+  """(devices, chip) of 'v5p:4x4x4'. Raises UserError on a malformed or unknown
   name."""
   generation, _, shape = name.partition(':')
-  if generation not in HBM_BYTES or not all(x.isdigit() for x in shape.split('x')):
+  if generation not in CHIPS or not all(x.isdigit() for x in shape.split('x')):
     raise UserError(f'topology: {name!r} is not GENERATION:AxB or :AxBxC with GENERATION in '
-                    f'{sorted(HBM_BYTES)}')
+                    f'{sorted(CHIPS)}')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   from jax.experimental import topologies
 
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=name).devices, \
-      HBM_BYTES[generation]
+      CHIPS[generation]
   except Exception as error:  # libtpu raises its own kinds
     raise UserError(f'topology: {name!r}: {error}') from error
 
@@ -98,12 +131,21 @@ def _prompts(slots: int, bucket: int) -> decode.Prompts:
     valid=jax.ShapeDtypeStruct((slots,), jnp.bool_))
 
 
-def _report(name: str, compiled, hbm_bytes: int) -> Report:
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  cost = cost[0] if isinstance(cost, list) else cost
-  return Report(name, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-                memory.output_size_in_bytes, memory.alias_size_in_bytes,
-                float((cost or {}).get('flops', 0.0)), hbm_bytes)
+def _per_chip(tree) -> int:
+  """Bytes that one chip holds of an abstract tree with shardings."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+             for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+
+
+def _report(name: str, lowered, mesh, chip: Chip, *, parts: dict[str, Any], flops: float,
+            executed: float, moved: float) -> Report:
+  """Compiles; the compiler knows nothing of the operations inside kernels, hence the formulas."""
+  begin = time.perf_counter()
+  memory = lowered.compile().memory_analysis()
+  return Report(
+    name, memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes,
+    memory.alias_size_in_bytes, {k: _per_chip(v) for k, v in parts.items()},
+    time.perf_counter() - begin, flops, executed, moved, mesh.size, chip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +161,7 @@ class Pod:
   reformulated_tokens: int
   chunk_groups: int
   mesh: Any
-  hbm_bytes: int
+  chip: Chip
   teacher: ModelConfig | None = None
 
   def _rollouts(self):
@@ -137,24 +179,37 @@ class Pod:
 
   def train(self) -> Report:
     """The train step, state donated."""
-    shapes = jax.eval_shape(lambda: state.create(self.model, self.method, self.optimizer, seed=0))
-    shardings = state.shardings(shapes, self.model, self.method, self.mesh)
+    adapters = self.step_settings.adapters
+    shapes = jax.eval_shape(lambda: state.create(self.model, self.method, self.optimizer, seed=0,
+                                                 adapters=adapters))
+    shardings = state.shardings(shapes, self.model, self.method, self.mesh, adapters)
     rollouts, sizes = self._rollouts()
     configs = {'teacher': self.teacher} if self.teacher else {}
+    if adapters is not None:
+      configs['base'] = self.model
     roles = {k: params_lib.shapes(params_lib.abstract(c)) for k, c in configs.items()}
     ready = prepare.make_prepare(self.model, self.method, self.step_settings, configs)
     parts = jax.eval_shape(
       lambda p, m, r, t: ready(p, m, r, jax.random.key(0), t, sizes)[1], shapes.params,
       shapes.method, rollouts, roles)
-    in_step = 'teacher_hidden' in self.method.needs
+    in_step = {k: c for k, c in configs.items()
+               if k == 'base' or 'teacher_hidden' in self.method.needs}
     update = step.make_train_step(self.model, self.method, self.optimizer, self.step_settings,
-                                  configs if in_step else {})
-    roles = {'teacher': _params(self.teacher, self.mesh)} if in_step else {}
+                                  in_step)
+    roles = {k: _params(c, self.mesh) for k, c in in_step.items()}
     with jax.set_mesh(self.mesh):
+      held = checkpoint.abstract(shapes, shardings)
       lowered = jax.jit(update, donate_argnums=0,
                         out_shardings=(shardings, place.replicated(self.mesh))).lower(
-        checkpoint.abstract(shapes, shardings), _rows(self.mesh, parts), roles)
-      return _report('train', lowered.compile(), self.hbm_bytes)
+        held, _rows(self.mesh, parts), roles)
+      forward = sum(p.rollout.tokens.size * flops.forward(
+        self.model, p.rollout.tokens.shape[1], logits=False) for p in parts)
+      forward += sum(p.rollout.tokens.shape[0] * self.step_settings.window * 2.0
+                     * self.model.hidden * self.model.vocab for p in parts)
+      return _report('train', lowered, self.mesh, self.chip,
+                     parts=dict(params=held.params, optimiser=held.opt_state, **roles),
+                     flops=3 * forward, executed=(4 if self.model.remat == 'full' else 3) * forward,
+                     moved=_per_chip((held.params, held.opt_state)))
 
   def sample(self, config: ModelConfig, name: str) -> Report:
     """One call of the sampler: at most chunk_groups groups of plain prompts."""
@@ -162,17 +217,25 @@ class Pod:
     settings = dataclasses.replace(self.sampling, group_size=self.method.group_size)
     key = _whole(self.mesh, jax.eval_shape(lambda: jax.random.key(0)))
     with jax.set_mesh(self.mesh):
+      params = _params(config, self.mesh)
       lowered = decode.generate.lower(
-        config, _params(config, self.mesh), _rows(self.mesh, _prompts(slots, self.prompt_tokens)),
+        config, params, _rows(self.mesh, _prompts(slots, self.prompt_tokens)),
         key=key, settings=settings, version=0)
-      return _report(name, lowered.compile(), self.hbm_bytes)
+      rows, new = slots * settings.group_size, settings.max_new_tokens
+      length = self.prompt_tokens + new
+      total = rows * new * flops.forward(config, length)
+      total += slots * self.prompt_tokens * flops.forward(config, self.prompt_tokens, logits=False)
+      held = jax.eval_shape(lambda: cache_lib.init(config, rows, new).layers)
+      cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)) / self.mesh.size
+      return _report(name, lowered, self.mesh, self.chip, parts=dict(params=params), flops=total,
+                     executed=total, moved=new * (_per_chip(params) + cache / 2))
 
 
 def describe(config: Any, topology: str) -> Pod:
   """Shapes of a config on a topology; the config must be valid for its device count."""
   from zppo_jax.launch import build, roles, validate
 
-  devices, hbm = topology_devices(topology)
+  devices, chip = topology_devices(topology)
   validate.validate(config, num_devices=len(devices), aot=True)
   method = build.build_method(config)
   teacher = None
@@ -184,5 +247,5 @@ def describe(config: Any, topology: str) -> Pod:
     optimizer=state.make_optimizer(state.Optim(**config.optim)),
     step_settings=build.step_settings(config), sampling=build.sampling_settings(config, 1),
     prompt_tokens=r.prompt_tokens, reformulated_tokens=r.reformulated_tokens,
-    chunk_groups=r.chunk_groups, mesh=place.make_mesh(config.mesh, devices), hbm_bytes=hbm,
+    chunk_groups=r.chunk_groups, mesh=place.make_mesh(config.mesh, devices), chip=chip,
     teacher=teacher)

@@ -103,7 +103,8 @@ def step_settings(config: Any) -> step.StepSettings:
   return step.StepSettings(window=config.rollout.max_new_tokens,
                            temperature=config.rollout.temperature,
                            micro_batches=config.train.micro_batches, chunk=config.train.chunk,
-                           share_prompts=config.train.share_prompts)
+                           share_prompts=config.train.share_prompts,
+                           adapters=roles.adapters(config))
 
 
 def longest(questions: Questions, limit: int = TOKENIZER_TEXTS) -> tuple[int, int, int, int]:
@@ -145,7 +146,7 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   train_source, eval_source = build_source(config, 'train'), build_source(config, 'validation')
   tokenizer = build_tokenizer(config, train_source)
   model = roles.architecture(config.model, config.init.checkpoint, tokenizer.vocab_size)
-  roles.write_facts(workdir, model, tokenizer)
+  roles.write_facts(workdir, model, tokenizer, roles.adapters(config), config.init.checkpoint)
   questions = Questions(train_source, tokenizer, build_template(config), config.data.instruction)
   held_out = dataclasses.replace(questions, source=eval_source)
   given = config.rollout.max_new_tokens if 'solutions' in method.needs else None

@@ -17,7 +17,7 @@ from zppo_jax.data import jinja_templates
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.mesh import place
 from zppo_jax.models import config as config_lib
-from zppo_jax.models import hf_config, presets
+from zppo_jax.models import hf_config, lora, presets
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.train import checkpoint
@@ -77,6 +77,12 @@ def architecture(section: Any, folder: str, vocab_size: int = 0) -> ModelConfig:
                              num_valid=vocab_size or found.vocab)
 
 
+def adapters(config: Any) -> lora.Settings | None:
+  """Adapters of a run's config; rank 0 trains all parameters."""
+  c = config.lora
+  return lora.Settings(c.rank, c.alpha, tuple(c.targets) or None) if c.rank else None
+
+
 def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
   """(model config, policy weights, facts) of a run's newest checkpoint, placed on a mesh.
 
@@ -89,7 +95,9 @@ def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
   with open(facts_path, encoding='utf-8') as file:
     facts = json.load(file)
   config = config_lib.from_dict(facts['model'])
-  specs = params_lib.abstract(config)
+  own = facts.get('lora')
+  specs = params_lib.abstract(config) if own is None else lora.abstract(
+    config, own['rank'], own['targets'])
   saved = checkpoint.load_params(os.path.join(os.path.abspath(folder), 'checkpoints'))
   leaves = trees.named_leaves(saved)
   shardings = params_lib.shardings(specs, mesh)
@@ -98,12 +106,22 @@ def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
     return jax.device_put(leaves[trees.path_name(path)], sharding)
 
   params = jax.tree_util.tree_map_with_path(pick, specs, shardings, is_leaf=params_lib.is_spec)
+  if own is not None:
+    base = (_published(own['base'], config, mesh) if is_published(own['base']) else
+            load_policy(own['base'], mesh)[1])
+    params = lora.merge(config, base, params, alpha=own['alpha'])
   return config, params, facts
 
 
-def write_facts(workdir: str, config: ModelConfig, tokenizer) -> None:
-  """model.json and tokenizer.json: what `load_policy` needs from this run later."""
-  facts = dict(model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
+def write_facts(workdir: str, config: ModelConfig, tokenizer, own: lora.Settings | None = None,
+                base: str = '') -> None:
+  """model.json and tokenizer.json: what `load_policy` needs from this run later.
+
+  `own` are its adapters, `base` the folder of the weights that they adapt.
+  """
+  facts: dict[str, Any] = dict(model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
+  if own is not None:
+    facts['lora'] = dataclasses.asdict(own) | dict(base=os.path.abspath(base))
   with open(os.path.join(workdir, 'model.json'), 'w', encoding='utf-8') as file:
     json.dump(facts, file, indent=2)
   tokenizer_lib.save(tokenizer, os.path.join(workdir, 'tokenizer.json'))

@@ -19,8 +19,8 @@ from zppo_jax.launch.config import (
 from zppo_jax.mesh import place
 from zppo_jax.methods import api, reformulate, table
 from zppo_jax.models import config as model_lib
+from zppo_jax.models import lora, presets
 from zppo_jax.models import params as params_lib
-from zppo_jax.models import presets
 
 RANGES = {  # dotted field -> (low, low is excluded)
   'num_steps': (1, False), 'max_staleness': (0, False), 'rollout.prompt_tokens': (1, False),
@@ -35,7 +35,7 @@ RANGES = {  # dotted field -> (low, low is excluded)
   'eval.samples': (1, False), 'eval.temperature': (0, False), 'log.every_steps': (1, False),
   'log.dump_every_steps': (0, False), 'log.dump_rows': (1, False), 'ckpt.every_steps': (1, False),
   'ckpt.keep': (1, False), 'data.size': (1, False), 'data.eval_size': (1, False),
-  'data.deadline_secs': (0, True),
+  'data.deadline_secs': (0, True), 'lora.rank': (0, False), 'lora.alpha': (0, True),
 }
 
 
@@ -166,6 +166,25 @@ def _roles(config: Any, method: Any) -> list[Problem]:
   return found
 
 
+def _adapters(config: Any, method: Any, model: Any) -> list[Problem]:
+  own = roles.adapters(config)
+  if own is None:
+    return []
+  found = []
+  if not config.init.checkpoint:
+    found.append(Problem('init.checkpoint', f'lora.rank = {own.rank} adapts given weights: name '
+                         'them, or set lora.rank=0'))
+  if method is not None and 'critic' in build.build_method(config).needs:
+    found.append(Problem('lora.rank', f'{config.method.name} trains a critic, which has no '
+                         'adapters: set lora.rank=0'))
+  if model is not None:
+    try:
+      lora.abstract(model, own.rank, own.targets)
+    except ValueError as error:
+      found.append(Problem('lora', str(error)))
+  return found
+
+
 def _staleness(config: Any, method: Any) -> list[Problem]:
   if method is None or not config.max_staleness or config.allow_uncorrected_staleness:
     return []
@@ -202,7 +221,7 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
   if model is not None:
     found += _lengths(config, method, model)
   found += _sharding(config, method, model, num_devices)
-  return found + _staleness(config, method)
+  return found + _adapters(config, method, model) + _staleness(config, method)
 
 
 def validate(config: Any, *, num_devices: int, aot: bool = False) -> None:

@@ -11,6 +11,8 @@ DELTA_KINDS = ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')  # mixers by the delta r
 ATTENTION_KINDS = ('full', 'sliding')
 MLPS = ('dense', 'moe')
 LONGEST_PATTERN = 16  # layers
+# What is computed again: nothing; all but the input of a block; all but products with weights.
+REMAT = ('none', 'full', 'dots')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class ModelConfig:
   moe: Moe | None = None
   dtype: str = 'float32'  # activations
   param_dtype: str = 'float32'
-  remat: bool = False  # recompute each block in the backward pass
+  remat: str = 'none'  # what a block keeps for the backward pass: none (all), full, dots
   unroll: int = 1  # repeated blocks per loop iteration; a small model on a CPU wants all
   query_chunk: int = 1024  # attention over longer queries goes block by block
   context: int = 32768  # largest number of tokens in a row
@@ -223,7 +225,8 @@ def problems(config: ModelConfig) -> list[str]:
                  f'positions, got {rotary}')
   if config.num_valid is not None and not 0 < config.num_valid <= config.vocab:
     found.append(f'num_valid: must lie in 1..vocab = {config.vocab}, got {config.num_valid}')
-  for name, allowed in (('norm', ('weight', 'one_plus')), ('act', ('silu', 'gelu_tanh'))):
+  for name, allowed in (('norm', ('weight', 'one_plus')), ('act', ('silu', 'gelu_tanh')),
+                        ('remat', REMAT)):
     if getattr(config, name) not in allowed:
       found.append(f'{name}: must be one of {allowed}, got {getattr(config, name)!r}')
   if 'sliding' in config.mixers and config.window < 1:

@@ -22,6 +22,8 @@ from zppo_jax.models.params import Block, Params
 Array = jax.Array
 Edit = tuple[str, Callable[[Array], Array]]
 TAP_KINDS = ('residual', 'mixer', 'mlp')
+POLICIES = {'full': jax.checkpoint_policies.nothing_saveable,
+            'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 @types.record
@@ -101,8 +103,8 @@ def _stage(config: ModelConfig, stage: Stage, blocks, x: Array, place: Place, he
         seen[kind].append(states[TAP_KINDS.index(kind)])
     return (x, tuple(held)), seen
 
-  if config.remat:
-    body = jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable)
+  if config.remat != 'none':
+    body = jax.checkpoint(body, policy=POLICIES[config.remat])
   index = jnp.arange(stage.repeats)
   (x, held), seen = jax.lax.scan(body, (x, held), (blocks, index, prefix),
                                  unroll=min(config.unroll, stage.repeats))

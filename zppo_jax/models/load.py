@@ -76,7 +76,7 @@ def _shapes(config: ModelConfig, place: _Place, specs: Mapping[str, params_lib.S
   return [x.shape for x in jax.eval_shape(place.row.join, *leaves)]
 
 
-def _named_specs(config: ModelConfig) -> dict[str, params_lib.Spec]:
+def named_specs(config: ModelConfig) -> dict[str, params_lib.Spec]:
   flat = jax.tree_util.tree_flatten_with_path(params_lib.abstract(config),
                                               is_leaf=params_lib.is_spec)[0]
   return {trees.path_name(path): spec for path, spec in flat}
@@ -109,7 +109,7 @@ def _ignored(config: ModelConfig, prefix: str, name: str) -> bool:
 
 def _check_names(config: ModelConfig, places, tensors, prefix: str, where: str) -> None:
   """Raises UserError with every tensor that is missing, extra or of another shape."""
-  specs, faults, known = _named_specs(config), [], set()
+  specs, faults, known = named_specs(config), [], set()
   for place in places:
     shapes = _shapes(config, place, specs)
     for names in _expanded(place, config.moe.experts if config.moe else 0):
@@ -243,7 +243,7 @@ def save(path: str, config: ModelConfig, params, *, source: str | None = None,
 
 def _plan(config: ModelConfig, params, kept: Mapping[str, files.Tensor], prefix: str, fused: bool,
           dtype: str | None) -> dict[str, files.Planned]:
-  specs, leaves, planned = _named_specs(config), dict(_leaves(params)), {}
+  specs, leaves, planned = named_specs(config), dict(_leaves(params)), {}
   for place in _places(config, prefix, fused):
     shapes = _shapes(config, place, specs)
     for e, names in enumerate(_expanded(place, config.moe.experts if config.moe else 0)):

@@ -131,10 +131,10 @@ def write_folder(path: str, tensors: Mapping[str, Planned]) -> None:
       parts.append({})
     parts[-1][name] = t
   if len(parts) == 1:
-    return _write(os.path.join(path, SINGLE), parts[0])
+    return write_file(os.path.join(path, SINGLE), parts[0])
   files = [f'model-{n + 1:05d}-of-{len(parts):05d}.safetensors' for n in range(len(parts))]
   for file, part in zip(files, parts):
-    _write(os.path.join(path, file), part)
+    write_file(os.path.join(path, file), part)
   index = {'metadata': {'total_size': sum(t.size for t in tensors.values())},
            'weight_map': {name: file for file, part in zip(files, parts) for name in part}}
   with open(os.path.join(path, INDEX), 'w', encoding='utf-8') as f:
@@ -142,7 +142,8 @@ def write_folder(path: str, tensors: Mapping[str, Planned]) -> None:
   return None
 
 
-def _write(file: str, tensors: Mapping[str, Planned]) -> None:
+def write_file(file: str, tensors: Mapping[str, Planned]) -> None:
+  """One file with the header that older readers want too."""
   entries, at = {'__metadata__': {'format': 'pt'}}, 0
   for name, t in tensors.items():
     entries[name] = dict(dtype=t.dtype, shape=list(t.shape), data_offsets=[at, at + t.size])

@@ -193,7 +193,7 @@ def train(run: Run) -> state.TrainState:
                  enabled=run.progress) as progress,
         _Preemption() as preemption, jax.set_mesh(run.setup.mesh)):
     if begin is None:
-      writer.write_scalars(0, _evaluate(run, train_state.params['policy']))
+      writer.write_scalars(0, _evaluate(run, programs.policy(train_state.params)))
       saver.save(0, train_state, queue, force=True)
     body = _Body(run, programs, saver, timer, writer, progress)
     try:
@@ -218,7 +218,7 @@ class _Body:
     run, last = self.run, self.run.settings.num_steps
     rows: list = []
     while len(queue) < run.settings.max_staleness and begin + len(queue) < last:
-      train_state, item = self._sample(train_state, train_state.params['policy'],
+      train_state, item = self._sample(train_state, self.programs.policy(train_state.params),
                                        begin + len(queue), int(train_state.version))
       queue.append(item)
     for at in range(begin, last):
@@ -227,7 +227,7 @@ class _Body:
       done = at + 1
       every = run.settings.eval_every
       if done == last or (every and done % every == 0):
-        host |= _evaluate(run, train_state.params['policy'])
+        host |= _evaluate(run, self.programs.policy(train_state.params))
         self.timer.take()  # evaluation is not part of any step
       rows.append((done, metrics, host))
       stop = done == last or preemption.asked
@@ -259,11 +259,14 @@ class _Body:
     run, stale = self.run, self.run.settings.max_staleness
     start, version = time.perf_counter(), int(train_state.version)
     if not stale:
-      train_state, item = self._sample(train_state, train_state.params['policy'], at, version)
+      train_state, item = self._sample(train_state, self.programs.policy(train_state.params), at,
+                                       version)
       queue.append(item)
     item = queue.popleft()
     lag = observe.version_lag(item.rollouts, version)
-    sampler = jax.tree.map(jnp.copy, train_state.params['policy']) if stale else None
+    sampler = None  # a copy of the weights before the update, which is donated
+    if stale:
+      sampler = jax.tree.map(jnp.copy, self.programs.policy(train_state.params))
     train_state, metrics = _update(run, self.programs, train_state, item, at, self.timer)
     if stale and at + stale < run.settings.num_steps:
       train_state, ahead = self._sample(train_state, sampler, at + stale, version)

@@ -15,7 +15,7 @@ from zppo_jax.methods import api
 from zppo_jax.models import heads
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.sampling import score as score_lib
-from zppo_jax.train.step import Part, StepSettings
+from zppo_jax.train.step import Part, StepSettings, policy_of
 
 Array = jax.Array
 
@@ -85,6 +85,7 @@ def make_scorer(config: ModelConfig, needs: frozenset[str], s: StepSettings,
 
   def scorer(params, rollout: types.Rollout, roles: dict[str, Any], pieces: int,
              group: int = 1) -> types.Scores:
+    params = params | {'policy': policy_of(config, s, params, roles.get('base'))}
     split = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rollout)
     group = math.gcd(group, split.valid.shape[1])  # a micro-batch may cut a group
     scores = jax.lax.map(lambda r: one(params, roles, r, group), split)

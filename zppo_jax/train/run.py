@@ -58,6 +58,7 @@ class Programs:
   prepare: Callable
   update: Callable
   absorb: Callable
+  policy: Callable  # trained roles -> weights of the policy
   summary: Callable
   learning_rate: Callable
   roles: dict[str, Any]
@@ -67,6 +68,10 @@ class Programs:
 def frozen_roles(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
   """({role: config}, {role: params}) of the frozen models that the jitted step or scorer reads."""
   configs, params = {}, {}
+  if run.step_settings.adapters is not None:
+    if run.warm_start is None:
+      raise UserError('lora: adapters need the weights that they adapt: give init.checkpoint')
+    configs['base'], params['base'] = run.setup.model, run.warm_start
   if run.method.needs & {'teacher_hidden', 'teacher_logp'}:
     if run.setup.teacher is None:
       raise UserError('teacher: the method scores with a teacher, but the run has none')
@@ -88,11 +93,16 @@ def compile_programs(run: Run) -> Programs:
   """Builds the jitted functions; the train state is donated and keeps its shardings."""
   config, method, mesh = run.setup.model, run.method, run.setup.mesh
   role_configs, roles = frozen_roles(run)
-  in_step = {k: v for k, v in role_configs.items() if 'teacher_hidden' in method.needs}
-  init = lambda: state.create(config, method, run.optimizer, seed=run.setup.seed)
+  in_step = {k: v for k, v in role_configs.items()
+             if 'teacher_hidden' in method.needs or k == 'base'}
+  adapters = run.step_settings.adapters
+  init = lambda: state.create(config, method, run.optimizer, seed=run.setup.seed, adapters=adapters)
   shapes = jax.eval_shape(init)
-  shardings = state.shardings(shapes, config, method, mesh)
+  shardings = state.shardings(shapes, config, method, mesh, adapters)
   update = step.make_train_step(config, method, run.optimizer, run.step_settings, in_step)
+  merged = lambda params, base: step.policy_of(config, run.step_settings, params, base)
+  if adapters is not None:
+    merged = jax.jit(merged)
   return Programs(
     prepare=jax.jit(prepare.make_prepare(config, method, run.step_settings, role_configs),
                     static_argnums=5),
@@ -100,6 +110,7 @@ def compile_programs(run: Run) -> Programs:
                    donate_argnums=0, out_shardings=(shardings, place.replicated(mesh))),
     absorb=jax.jit(lambda s, parts: method.absorb(
       s, prepare.join(parts, max(p.tokens.shape[1] for p in parts)))),
+    policy=lambda params: merged(params, roles.get('base')),
     summary=jax.jit(method.summary), learning_rate=jax.jit(run.learning_rate),
     roles=roles, abstract=checkpoint.abstract(shapes, shardings))
 
@@ -107,6 +118,7 @@ def compile_programs(run: Run) -> Programs:
 def initial_state(run: Run, programs: Programs) -> state.TrainState:
   shardings = jax.tree.map(lambda x: x.sharding, programs.abstract)
   make = jax.jit(lambda policy: state.create(run.setup.model, run.method, run.optimizer,
-                                             seed=run.setup.seed, policy=policy),
+                                             seed=run.setup.seed, policy=policy,
+                                             adapters=run.step_settings.adapters),
                  out_shardings=shardings)
   return make(run.warm_start)

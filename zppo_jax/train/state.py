@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from zppo_jax.core import rng, trees, types
 from zppo_jax.mesh import place
 from zppo_jax.methods import api
-from zppo_jax.models import heads
+from zppo_jax.models import heads, lora
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import ModelConfig
 
@@ -84,20 +84,22 @@ def make_optimizer(o: Optim) -> optax.GradientTransformation:
   return optax.multi_transform(rates, labels)
 
 
-def specs(config: ModelConfig, needs: frozenset[str]) -> dict[str, Any]:
+def specs(config: ModelConfig, needs: frozenset[str],
+          adapters: lora.Settings | None = None) -> dict[str, Any]:
   """Abstract trees of the trainable roles."""
-  found = {'policy': params_lib.abstract(config)}
+  found = {'policy': params_lib.abstract(config) if adapters is None else
+           lora.abstract(config, adapters.rank, adapters.targets)}
   if 'critic' in needs:
     found['critic'] = heads.abstract_critic(config)
   return found
 
 
 def create(config: ModelConfig, method: api.Method, optimizer, *, seed: int,
-           policy=None) -> TrainState:
+           policy=None, adapters: lora.Settings | None = None) -> TrainState:
   """Fresh state; `policy` overrides the random initial weights (a warm start)."""
   key = jax.random.key(seed)
-  params = params_lib.materialise(specs(config, method.needs), rng.fold(key, 'init'))
-  if policy is not None:
+  params = params_lib.materialise(specs(config, method.needs, adapters), rng.fold(key, 'init'))
+  if policy is not None and adapters is None:
     params['policy'] = policy
   if 'critic' in params and policy is not None:
     params['critic'] = dataclasses.replace(
@@ -107,12 +109,12 @@ def create(config: ModelConfig, method: api.Method, optimizer, *, seed: int,
                     method.init(rng.fold(key, 'method')))
 
 
-def shardings(abstract_state: TrainState, config: ModelConfig, method: api.Method,
-              mesh: Mesh) -> TrainState:
+def shardings(abstract_state: TrainState, config: ModelConfig, method: api.Method, mesh: Mesh,
+              adapters: lora.Settings | None = None) -> TrainState:
   """Sharding of every leaf: parameters by the axis table, moments like their parameter, rest
   whole."""
   by_role = {name: params_lib.shardings(tree, mesh)
-             for name, tree in specs(config, method.needs).items()}
+             for name, tree in specs(config, method.needs, adapters).items()}
   whole = NamedSharding(mesh, P())
 
   def of_opt(path, leaf):

@@ -19,7 +19,7 @@ import optax
 from zppo_jax.core import trees, types
 from zppo_jax.mesh import axes
 from zppo_jax.methods import api
-from zppo_jax.models import decoder, heads
+from zppo_jax.models import decoder, heads, lora
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.ops import importance
 from zppo_jax.sampling import score as score_lib
@@ -47,6 +47,14 @@ class StepSettings:
   chunk: int = 1024  # tokens per vocabulary block
   share_prompts: bool = True  # rows of a group run their common prompt once
   taps: tuple[str, ...] = ()
+  adapters: lora.Settings | None = None  # the policy is a frozen base with trained adapters
+
+
+def policy_of(config: ModelConfig, s: StepSettings, params: dict[str, Any], base) -> Any:
+  """Weights of the policy: the trained ones, or the base with the trained adapters."""
+  if s.adapters is None:
+    return params['policy']
+  return lora.merge(config, base, params['policy'], alpha=s.adapters.alpha)
 
 
 def _vocabulary(config: ModelConfig, params) -> Array:
@@ -59,7 +67,8 @@ def model_outputs(config: ModelConfig, params: dict[str, Any], rollout: types.Ro
                   group: int = 1) -> api.Outputs:
   """Everything that terms may read, for one micro-batch."""
   group = math.gcd(group, rollout.tokens.shape[0])  # a micro-batch may cut a group
-  scored = score_lib.score(config, params['policy'], rollout, window=s.window,
+  policy = policy_of(config, s, params, frozen['base'][1] if s.adapters else None)
+  scored = score_lib.score(config, policy, rollout, window=s.window,
                            temperature=s.temperature, chunk=s.chunk, taps=s.taps, group=group)
   value = None
   if 'critic' in params:
@@ -67,12 +76,14 @@ def model_outputs(config: ModelConfig, params: dict[str, Any], rollout: types.Ro
                          segment_ids=rollout.segment_ids, positions=rollout.positions)
   roles = {}
   for name, (role_config, role_params) in frozen.items():
+    if name == 'base':
+      continue
     hidden = score_lib.states(role_config, role_params, rollout, window=s.window,
                               group=group)[0]
     roles[name] = jax.lax.stop_gradient(
       api.RoleOutputs(hidden, _vocabulary(role_config, role_params), role_config.logit_cap))
   return api.Outputs(scored.logp, scored.entropy, scored.hidden,
-                     _vocabulary(config, params['policy']), scored.start, scored.taps, value, roles,
+                     _vocabulary(config, policy), scored.start, scored.taps, value, roles,
                      config.logit_cap)
 
 
