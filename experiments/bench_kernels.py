@@ -6,6 +6,7 @@ transformers in torch, in turn and in one run:
   .venv-torch/bin/pip install torch==2.13.0 transformers==5.23.0
 A speed-up is printed only for a shape whose numbers have passed. With --aot nothing runs: the TPU
 kernels are compiled for --topology, and their bytes, flops, memory and static schedule printed.
+With --scaling=4096,16384,65536 the chunked form is timed at these lengths.
 """
 
 from __future__ import annotations
@@ -127,6 +128,37 @@ def run(s: Shape, repeats: int, peer_python: str) -> dict[str, Any]:
               seconds=seconds)
 
 
+def scaling(s: Shape, times: tuple[int, ...], repeats: int) -> dict[str, Any]:
+  """Minima of the chunked form by length, in turn; time over that of a line through the first."""
+  sides, memory = {}, {}
+  for time in times:
+    shape = dataclasses.replace(s, time=time)
+    sides[time], compiled = programs('chunked', True, make_arrays(shape))
+    stats = compiled.memory_analysis()
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes
+    memory[time] = 1 + stats.temp_size_in_bytes / held
+  best = {time: dict.fromkeys(PARTS, float('inf')) for time in times}
+  for _ in range(repeats):
+    for time in times:
+      for part in PARTS:
+        best[time][part] = min(best[time][part], common.seconds(sides[time][part])[0])
+  over = {f'{a} to {b}': {part: best[b][part] / best[a][part] * a / b for part in PARTS}
+          for i, a in enumerate(times) for b in times[i + 1:]}
+  return dict(shape=dataclasses.asdict(s), versions=dict(jax=jax.__version__), seconds=best,
+              time_over_linear=over, memory_over_arrays=memory)
+
+
+def report_scaling(result: dict[str, Any], out: str) -> None:
+  for span, ratio in result['time_over_linear'].items():
+    print(f'  {span:16s} forward {ratio["forward"]:.2f}x linear, '
+          f'with backward {ratio["both"]:.2f}x')
+  print('  memory over arrays: ' + ', '.join(
+    f'{k} {v:.2f}' for k, v in result['memory_over_arrays'].items()))
+  if out:
+    pathlib.Path(out).mkdir(parents=True, exist_ok=True)
+    (pathlib.Path(out) / 'bench_kernels_scaling.json').write_text(json.dumps(result, indent=1))
+
+
 def report(result: dict[str, Any], out: str) -> None:
   """Prints medians, minima and ratios to each baseline; writes bench_kernels.json and .png."""
   best = {k: min(x) for k, x in result['seconds'].items()}
@@ -180,11 +212,16 @@ def main(argv) -> None:
     print(json.dumps(found, indent=1))
     return
   print(f'delta rule on {jax.default_backend()}, {shape}')
+  if f.scaling:
+    times = tuple(int(t) for t in f.scaling)
+    report_scaling(scaling(shape, times, f.repeats), f.out)
+    return
   report(run(shape, f.repeats, f.peer_python), f.out)
 
 
 def define_flags() -> None:
   flags.DEFINE_integer('time', 4096, 'Tokens.')
+  flags.DEFINE_list('scaling', [], 'Lengths to compare with each other instead, say 4096,16384.')
   flags.DEFINE_integer('heads', 8, 'Heads.')
   flags.DEFINE_integer('key', 128, 'K.')
   flags.DEFINE_integer('value', 128, 'V.')

@@ -24,6 +24,15 @@ def test_reports_ratios_to_the_scan(tmp_path, capsys):
   assert (tmp_path / 'bench_kernels.png').stat().st_size > 1000
 
 
+def test_scaling_compares_lengths(tmp_path, capsys):
+  result = bench_kernels.scaling(SMALL, (64, 128), repeats=1)
+  bench_kernels.report_scaling(result, str(tmp_path))
+  assert '64 to 128' in capsys.readouterr().out
+  written = json.loads((tmp_path / 'bench_kernels_scaling.json').read_text())
+  assert written['time_over_linear']['64 to 128']['both'] == pytest.approx(
+    written['seconds']['128']['both'] / written['seconds']['64']['both'] / 2)
+
+
 def test_wrong_numbers_are_refused(monkeypatch):
   drift = iter(range(9))
   monkeypatch.setattr(bench_kernels, 'results', lambda calls: [np.full(3, 1. + next(drift))])

@@ -16,7 +16,7 @@ from zppo_jax import models
 from zppo_jax.core import trees
 from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import place
-from zppo_jax.models import decoder, hf_config, mlps, presets, safetensors
+from zppo_jax.models import decoder, flops, hf_config, mlps, presets, safetensors
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import Moe, find_stages
 
@@ -40,6 +40,22 @@ def test_published_shapes_have_the_published_number_of_parameters(name):
   config = models.ModelConfig(**presets.PRESETS[name])
   assert params_lib.count(config) / 1e9 == pytest.approx(BILLIONS[name], rel=5e-4)
   assert len(config.slots) <= 7, 'layers must be scanned'
+
+
+@pytest.mark.parametrize('name', ['qwen3-8b', 'llama-3.2-1b', 'gemma-2-9b', 'qwen3.5-9b',
+                                  'glm-4.7-flash', 'kimi-linear-48b-a3b', 'qwen3-30b-a3b'])
+def test_operations_are_two_for_every_weight_that_a_token_passes(name):
+  config = models.ModelConfig(**presets.PRESETS[name])
+  weights = params_lib.count(config) - (0 if config.tied else config.vocab * config.hidden)
+  if config.moe:
+    idle = config.moe.experts - config.moe.top_k
+    mixtures = sum(mlp == 'moe' for _, mlp in config.kinds)
+    weights -= 3 * config.hidden * config.moe.inter * idle * mixtures
+  states = sum(mixer in ('gdn', 'kda') for mixer, _ in config.kinds) * 7 * (
+    config.linear_value_heads * config.linear_key_dim * config.linear_value_dim)
+  assert flops.forward(config, 0) - states == pytest.approx(2 * weights, rel=2e-3)
+  longer = flops.forward(config, 8192) - flops.forward(config, 0)
+  assert 0 < longer < 0.5 * flops.forward(config, 0) + 1e10
 
 
 def test_every_published_preset_is_counted():

@@ -11,9 +11,11 @@ import tokenizers
 from experiments.train import train
 from zppo_jax import models
 from zppo_jax.core.errors import ConfigError, UserError
+from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.launch import roles, validate
 from zppo_jax.mesh import place
-from zppo_jax.models import safetensors
+from zppo_jax.models import lora, safetensors
+from zppo_jax.train import checkpoint
 
 SPECIAL = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<think>', '</think>')
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
@@ -72,6 +74,22 @@ def test_the_tokenizer_and_template_come_along(published):
   assert roles.own_tokenizer(str(published)) == str(published)
   assert template.format([], True, '', '') == '<|im_start|>assistant\n'
   assert not roles.is_published('') and not roles.is_published(str(published.parent))
+
+
+def test_adapters_of_a_run_are_merged_on_their_base(published, tmp_path):
+  tokenizer = tokenizer_lib.build_tokenizer(dict(kind='hf', path=str(published)))
+  _, base = models.load(str(published))
+  factors = jax.tree.map(lambda x: x + 0.1, lora.init(MODEL, jax.random.key(1), 2, ('q_proj',)))
+  roles.write_facts(str(tmp_path), MODEL, tokenizer, lora.Settings(2, 4.0, ('q_proj',)),
+                    str(published))
+  with checkpoint.make_manager(str(tmp_path / 'checkpoints')) as manager:
+    checkpoint.save(manager, 1, state={'params': {'policy': factors}}, pending=[], meta={},
+                    force=True)
+    manager.wait_until_finished()
+  _, params, _ = roles.load_policy(str(tmp_path), place.make_mesh({'data': -1}))
+  wanted = lora.merge(MODEL, base, factors, alpha=4.0)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, wanted)
+  assert not np.array_equal(params.blocks[1].mixer.query, base.blocks[1].mixer.query)
 
 
 def test_what_does_not_fit_is_refused_before_any_array(published, tmp_path):
