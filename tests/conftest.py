@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for the whole session, set before anything imports jax."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -24,6 +25,7 @@ for _name, _value in _FLAGS.items():
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_name}={_value}'.strip()
 
 # Small programs, whose compiling is the cost of their tests.
+_LONG = {'resume_test.py', 'aot_test.py', 'quickstart_test.py', 'published_test.py'}
 _QUICK_FOLDERS = {'kernels', 'models', 'sampling', 'train'}
 
 
@@ -35,6 +37,11 @@ def pytest_configure(config):
   folder = pathlib.Path(tempfile.gettempdir()) / f'zppo_jax_tests_{run or os.getpid()}'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+
+
+def pytest_collection_modifyitems(items):
+  """Long tests first: at the end one worker would wait for them."""
+  items.sort(key=lambda item: item.path.name not in _LONG)
 
 
 def pytest_unconfigure(config):
@@ -51,6 +58,16 @@ def quick_compiles():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_programs():
+  """Traces and programs of a module go with it: a worker would grow to gigabytes and slow down."""
+  yield
+  import jax
+
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope='module', autouse=True)
