@@ -120,7 +120,8 @@ def save(path: str, config: ModelConfig, factors: Mapping[str, Factors], *, alph
          base: str = '') -> None:
   """Writes an adapter folder as the `peft` package reads it; `base` is the checkpoint's name.
 
-  Raises UserError if `path` exists.
+  peft 0.21.2 gives equal logits for models without mixtures; beside mixtures it also wraps the
+  fused experts and does not. Raises UserError if `path` exists.
   """
   if os.path.exists(path):
     raise UserError(f'lora: {path!r} exists')
@@ -139,7 +140,13 @@ def save(path: str, config: ModelConfig, factors: Mapping[str, Factors], *, alph
     json.dump(dict(
       peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, r=rank,
       lora_alpha=alpha, lora_dropout=0.0, bias='none', fan_in_fan_out=False, inference_mode=True,
-      target_modules=sorted({key.rsplit('.', 1)[1] for key in factors})), f, indent=2)
+      target_modules=_pattern(factors)), f, indent=2)
+
+
+def _pattern(factors: Mapping[str, Factors]) -> str:
+  """Regular expression of the adapted matrices: a bare name would match experts as well."""
+  found = sorted({re.escape(key.split('.', 1)[1]) for key in factors})
+  return rf'.*\.layers\.\d+\.({"|".join(found)})'
 
 
 def read(path: str, config: ModelConfig) -> tuple[dict[str, Factors], float]:
