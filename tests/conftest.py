@@ -24,30 +24,23 @@ for _name, _value in _FLAGS.items():
   if _name not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_name}={_value}'.strip()
 
-# Small programs, whose compiling is the cost of their tests.
 _LONG = {'resume_test.py', 'aot_test.py', 'quickstart_test.py', 'published_test.py'}
+# Small programs, whose compiling is the cost of their tests.
 _QUICK_FOLDERS = {'kernels', 'models', 'sampling', 'train'}
 
 
 def pytest_configure(config):
   """Compiled programs of one session are shared by its workers and their child processes."""
-  run = getattr(config, 'workerinput', {}).get('testrunuid')
-  if run is None and config.getoption('numprocesses', None):
-    return  # only the workers compile
-  folder = pathlib.Path(tempfile.gettempdir()) / f'zppo_jax_tests_{run or os.getpid()}'
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
-  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+  if not hasattr(config, 'workerinput') and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    folder = tempfile.mkdtemp(prefix='zppo_jax_tests_')  # workers inherit the environment
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
+    os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 
 def pytest_collection_modifyitems(items):
   """Long tests first: at the end one worker would wait for them."""
   items.sort(key=lambda item: item.path.name not in _LONG)
-
-
-def pytest_unconfigure(config):
-  if not hasattr(config, 'workerinput'):  # the last process of the session
-    for folder in pathlib.Path(tempfile.gettempdir()).glob('zppo_jax_tests_*'):
-      shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope='module')

@@ -13,15 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels.delta_rule.limits import Passes
+
 Array = jax.Array
-
-
-class Passes(NamedTuple):
-  """bfloat16 passes of a product: 1 rounds the operands, 3 keeps about 16 bits, 6 is float32."""
-
-  pair: int  # products of rows, and what the output alone reads
-  solve: int  # the inverse and its product with the values
-  state: int  # what is read from the state into values, and what enters it
 
 
 class Plan(NamedTuple):

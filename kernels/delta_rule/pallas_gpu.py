@@ -18,32 +18,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from kernels.common import dispatch
-from kernels.delta_rule import gpu_bodies
-from kernels.delta_rule.gpu_bodies import Passes, Plan
+from kernels.delta_rule import gpu_bodies, limits
+from kernels.delta_rule.gpu_bodies import Plan
 
 Array = jax.Array
 CHUNK = 64
 SMALLEST = 16  # rows and columns of a product
-EXACT = Passes(6, 6, 6)  # of float32 inputs
-MIXED = Passes(1, 3, 3)  # of bfloat16 inputs
 
 
 def delta_rule(q, write_key, erase_key, value, log_decay, *, state, segments, scale,
-               interpret: bool | None = None, passes: Passes | None = None):
+               interpret: bool | None = None, passes: limits.Passes | None = None):
   """Arguments as `api.delta_rule` prepares them; returns (out, state).
 
   Sizes K and V are padded to powers of two. `interpret` runs the kernels as XLA operations, by
   default False: then only a GPU can run them. Raises NotImplementedError where they cannot run.
   """
-  if interpret is None:
-    interpret = False
-    if dispatch.platform() != 'gpu':
-      raise NotImplementedError(f'a GPU is needed, the platform is {dispatch.platform()}')
-  if q.dtype not in (jnp.float32, jnp.bfloat16):
-    raise NotImplementedError(f'dtype {q.dtype} is not one of float32, bfloat16')
-  if max(q.shape[3], value.shape[3]) > 256:
-    raise NotImplementedError(f'K={q.shape[3]}, V={value.shape[3]}: at most 256')
+  interpret = limits.check('gpu', interpret, q, value)
   batch, time, heads, width = value.shape
   key_heads = tuple(x.shape[2] for x in (q, write_key, erase_key))
   plan = make_plan(scale, heads, key_heads, q.shape[3], width, q.dtype, interpret, passes)
@@ -60,12 +50,12 @@ def delta_rule(q, write_key, erase_key, value, log_decay, *, state, segments, sc
 
 
 def make_plan(scale: float, heads: int, key_heads, key: int, value: int, dtype, interpret: bool,
-              passes: Passes | None = None) -> Plan:
+              passes: limits.Passes | None = None) -> Plan:
   """Static facts of a call: a state of 8192 floats is 64 registers for each of 128 threads."""
   key, value = (max(pl.next_power_of_2(x), SMALLEST) for x in (key, value))
   return Plan(scale, heads, key_heads, key, value, CHUNK, min(key, 64),
               min(value, max(8192 // key, SMALLEST)),
-              passes or (EXACT if dtype == jnp.float32 else MIXED), interpret)
+              passes or limits.default_passes(dtype), interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

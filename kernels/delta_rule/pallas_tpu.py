@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.common import dispatch
-from kernels.delta_rule import tiles
+from kernels.delta_rule import limits
 from kernels.delta_rule.tpu_bodies import Plan, backward_body, forward_body
 
 Array = jax.Array
@@ -23,25 +22,16 @@ CHUNK = 64
 LANES = 128
 BLOCK = 16  # heads of 128 per grid step: the more, the better the scheduler interleaves them
 VMEM_LIMIT = 60 * 2**20  # below the memory of every generation, above what 8 heads of 256 need
-EXACT = tiles.Passes(6, 6, 6)  # of float32 inputs
-MIXED = tiles.Passes(1, 3, 3)  # of bfloat16 inputs
 
 
 def delta_rule(q, write_key, erase_key, value, log_decay, *, state, segments, scale,
-               interpret: bool | None = None, passes: tiles.Passes | None = None):
+               interpret: bool | None = None, passes: limits.Passes | None = None):
   """Arguments as `api.delta_rule` prepares them; returns (out, state).
 
   Sizes K and V are padded to multiples of 128. `interpret` runs the kernel as XLA operations, by
   default False: then only a TPU can run it. Raises NotImplementedError where it cannot run.
   """
-  if interpret is None:
-    interpret = False
-    if dispatch.platform() != 'tpu':
-      raise NotImplementedError(f'a TPU is needed, the platform is {dispatch.platform()}')
-  if q.dtype not in (jnp.float32, jnp.bfloat16):
-    raise NotImplementedError(f'dtype {q.dtype} is not one of float32, bfloat16')
-  if max(q.shape[3], value.shape[3]) > 256:
-    raise NotImplementedError(f'K={q.shape[3]}, V={value.shape[3]}: at most 256')
+  interpret = limits.check('tpu', interpret, q, value)
   batch, time, heads, width = value.shape
   key_heads = tuple(x.shape[2] for x in (q, write_key, erase_key))
   plan = make_plan(scale, heads, key_heads, q.shape[3], width, q.dtype, interpret, passes)
@@ -57,11 +47,11 @@ def delta_rule(q, write_key, erase_key, value, log_decay, *, state, segments, sc
 
 
 def make_plan(scale: float, heads: int, key_heads, key: int, value: int, dtype, interpret: bool,
-              passes: tiles.Passes | None = None) -> Plan:
+              passes: limits.Passes | None = None) -> Plan:
   """Static facts of a call with `heads` value heads."""
   most = BLOCK if max(key, value) <= LANES else BLOCK // 4
   return Plan(scale, heads, key_heads, _padded(key), _padded(value), _block(heads, key_heads, most),
-              CHUNK, passes or (EXACT if dtype == jnp.float32 else MIXED), interpret)
+              CHUNK, passes or limits.default_passes(dtype), interpret)
 
 
 def _padded(size: int) -> int:

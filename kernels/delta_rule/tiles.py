@@ -17,14 +17,6 @@ Array = jax.Array
 SUBLANES = 8
 
 
-class Passes(NamedTuple):
-  """bfloat16 passes of a product: 1 rounds the operands, 3 keeps about 16 bits, 6 keeps float32."""
-
-  pair: int  # products of rows, and what the output alone reads
-  solve: int  # the inverse and its product with the values
-  state: int  # what is read from the state into values, and what enters it
-
-
 class Masks(NamedTuple):
   """Masks of a chunk, shared by all heads."""
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.delta_rule import tiles
+from kernels.delta_rule import limits, tiles
 
 Array = jax.Array
 
@@ -28,7 +28,7 @@ class Plan(NamedTuple):
   value: int  # V, padded
   block: int  # value heads per grid step
   chunk: int
-  passes: tiles.Passes
+  passes: limits.Passes
   interpret: bool
 
 

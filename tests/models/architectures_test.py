@@ -69,12 +69,12 @@ def test_every_published_preset_is_counted():
 def test_layers_are_cut_into_repeated_patterns(kinds, expected):
   stages = find_stages(tuple((k, 'dense') for k in kinds))
   assert [(''.join(s.mixer for s in stage.slots), stage.repeats) for stage in stages] == expected
-  layers = [slot.first + r * slot.step for stage in stages for slot in stage.slots
-            for r in range(slot.repeats)]
+  layers = [layer for stage in stages for slot in stage.slots for layer in slot.layers]
   assert sorted(layers) == list(range(len(kinds)))
   for stage in stages:
     for slot in stage.slots:
-      assert all(kinds[slot.first + r * slot.step] == slot.mixer for r in range(slot.repeats))
+      assert all(kinds[layer] == slot.mixer for layer in slot.layers)
+      assert len(slot.layers) == slot.repeats
 
 
 def test_old_and_new_configs_read_the_same():

@@ -71,18 +71,20 @@ def _method(config: Any) -> tuple[list[Problem], Any]:
   return [], build.method_config(config)
 
 
-def _model(config: Any) -> list[Problem]:
+def _model(config: Any) -> tuple[list[Problem], Any]:
+  """(problems, ModelConfig or None)."""
   found = check_enum('model.preset', config.model.preset, ('', *presets.PRESETS))
   if found:
-    return found
+    return found, None
   try:
-    fake = roles.architecture(config.model, config.init.checkpoint, 64)
+    model = roles.architecture(config.model, config.init.checkpoint, 64)
   except UserError as error:
-    return [Problem('init.checkpoint', str(error))]
-  found = [p for m in dict.fromkeys(fake.mixers)
+    return [Problem('init.checkpoint', str(error))], None
+  found = [p for m in dict.fromkeys(model.mixers)
            for p in check_enum('model.mixers', m, params_lib.MIXER_PARAMS)]
-  return found or [Problem(f'model.{p.split(":")[0]}', p.split(': ', 1)[1])
-          for p in model_lib.problems(fake)]
+  found = found or [Problem(f'model.{p.split(":")[0]}', p.split(': ', 1)[1])
+                    for p in model_lib.problems(model)]
+  return found, None if found else model
 
 
 def _lengths(config: Any, method: Any, model: Any) -> list[Problem]:
@@ -214,10 +216,10 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
   found += _ranges(config)
   if found and method is None:  # the rest reads numbers that are known to be wrong
     return found + _data(config)
-  found += _model(config)
+  faults, model = _model(config)
+  found += faults
   if not aot:  # checkpoints and files are only needed where it runs
     found += _data(config) + _roles(config, method)
-  model = None if _model(config) else roles.architecture(config.model, config.init.checkpoint, 64)
   if model is not None:
     found += _lengths(config, method, model)
   found += _sharding(config, method, model, num_devices)

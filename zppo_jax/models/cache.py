@@ -116,6 +116,5 @@ def split_prefix(config: ModelConfig, prefix: Prefix) -> Prefix:
 
 def unstack(config: ModelConfig, stacks) -> tuple:
   """One tree per layer, of one stack per slot."""
-  found = {s.first + r * s.step: jax.tree.map(lambda x, r=r: x[r], stack)
-           for s, stack in zip(config.slots, stacks) for r in range(s.repeats)}
-  return tuple(found[layer] for layer in range(config.layers))
+  places = map(config.place_of, range(config.layers))
+  return tuple(jax.tree.map(lambda x, r=r: x[r], stacks[n]) for n, r in places)

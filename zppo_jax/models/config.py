@@ -125,6 +125,11 @@ class ModelConfig:
     """One entry per stack of equal layers: the order of parameters and caches."""
     return tuple(slot for stage in self.stages for slot in stage.slots)
 
+  def place_of(self, layer: int) -> tuple[int, int]:
+    """(index in `slots`, index in its stack) of a layer."""
+    return next((n, slot.layers.index(layer)) for n, slot in enumerate(self.slots)
+                if layer in slot.layers)
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -136,10 +141,10 @@ class Slot:
   step: int
   repeats: int
 
-  def repeat_of(self, layer: int) -> int | None:
-    """Index of a layer in the stack, None if it is not in it."""
-    index, rest = divmod(layer - self.first, self.step)
-    return index if not rest and 0 <= index < self.repeats else None
+  @property
+  def layers(self) -> range:
+    """Numbers of its layers, in the order of the stack."""
+    return range(self.first, self.first + self.step * self.repeats, self.step)
 
 
 @dataclasses.dataclass(frozen=True)

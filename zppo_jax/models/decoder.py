@@ -65,9 +65,8 @@ def _hook(config: ModelConfig, kind: str, slot: Slot, repeat, x: Array, edits: S
   """Applies the edits that name this place; `repeat` may be the traced index of a scan."""
   for name, edit in edits:
     edit_kind, layer = parse_tap(config, name)
-    at = slot.repeat_of(layer)
-    if edit_kind == kind and at is not None:
-      x = jnp.where(repeat == at, edit(x), x)
+    if edit_kind == kind and layer in slot.layers:
+      x = jnp.where(repeat == slot.layers.index(layer), edit(x), x)
   return x
 
 
@@ -131,8 +130,8 @@ def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, 
 
   def find(name):
     kind, layer = parse_tap(config, name)
-    return next(stack[slot.repeat_of(layer)] for slot, stack in zip(config.slots, stacks[kind])
-                if slot.repeat_of(layer) is not None)
+    slot, repeat = config.place_of(layer)
+    return stacks[kind][slot][repeat]
 
   return x, tuple(out), {name: find(name) for name in taps}
 
@@ -145,13 +144,11 @@ def split_blocks(config: ModelConfig, params: Params) -> Params:
 def _one_by_one(config: ModelConfig, params: Params, x: Array, place: Place, held, prefix, taps,
                 edits):
   """`_blocks` over a split cache, layer by layer."""
-  slots = {slot.first + r * slot.step: (slot, r) for slot in config.slots
-           for r in range(slot.repeats)}
   out, seen = [], {}
   for layer in range(config.layers):
-    slot, repeat = slots[layer]
-    x, cache, states = _layer(config, slot, params.blocks[layer], x, place, held[layer], None,
-                              prefix[layer], repeat, edits)
+    n, repeat = config.place_of(layer)
+    x, cache, states = _layer(config, config.slots[n], params.blocks[layer], x, place, held[layer],
+                              None, prefix[layer], repeat, edits)
     out.append(cache)
     seen |= {f'{kind}.{layer}': state for kind, state in zip(TAP_KINDS, states)}
   return x, tuple(out), {name: seen[name] for name in taps}

@@ -24,20 +24,27 @@ def project(x: Array, weight: Array) -> Array:
   return wide.reshape(*x.shape[:2], *weight.shape[1:])
 
 
+def project_heads(x: Array, weight: Array) -> Array:
+  """x [B, T, H, K] by weight [H, K, D] -> [B, T, D]; flat as `project`."""
+  flat = weight.astype(x.dtype).reshape(-1, weight.shape[-1])
+  return (x.reshape(-1, flat.shape[0]) @ flat).reshape(*x.shape[:2], -1)
+
+
+def _unit_rms(x: Array, eps: float) -> Array:
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
   """x / rms(x) * weight over the last axis, in float32, cast back before the product."""
-  x32 = x.astype(jnp.float32)
-  scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-  return scaled.astype(x.dtype) * weight.astype(x.dtype)
+  return _unit_rms(x, eps).astype(x.dtype) * weight.astype(x.dtype)
 
 
 def norm(config: ModelConfig, x: Array, weight: Array) -> Array:
   """RMSNorm of the family's kind; 'one_plus' multiplies by 1 + weight in float32, cast after."""
   if config.norm == 'weight':
     return rms_norm(x, weight, config.norm_eps)
-  x32 = x.astype(jnp.float32)
-  scaled = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
-  return (scaled * (1 + weight.astype(jnp.float32))).astype(x.dtype)
+  return (_unit_rms(x, config.norm_eps) * (1 + weight.astype(jnp.float32))).astype(x.dtype)
 
 
 def frequencies(size: int, theta: float, scaling: Rope | None) -> tuple[np.ndarray, float]:

@@ -44,20 +44,29 @@ class _Place:
   names: tuple[str, ...]
   leaves: tuple[str, ...]  # paths in Params
   layer: int | None  # index in the stack
+  shapes: tuple[tuple[int, ...], ...]  # of the tensors, of one expert where each has its own
 
 
 def _places(config: ModelConfig, prefix: str, fused: bool) -> Iterator[_Place]:
+  specs = named_specs(config)
+
+  def shapes(row: Row, leaves, stacked: bool):
+    drop = stacked + row.per_expert
+    abstract = [jax.ShapeDtypeStruct(specs[leaf].shape[drop:], jnp.float32) for leaf in leaves]
+    return tuple(x.shape for x in jax.eval_shape(row.join, *abstract))
+
   for row in hf_names.top_rows(config):
-    yield _Place(row, (prefix + row.names[0],), row.leaves, None)
+    yield _Place(row, (prefix + row.names[0],), row.leaves, None, shapes(row, row.leaves, False))
   if not config.tied:
-    yield _Place(hf_names.HEAD, hf_names.HEAD.names, hf_names.HEAD.leaves, None)
+    head = hf_names.HEAD
+    yield _Place(head, head.names, head.leaves, None, shapes(head, head.leaves, False))
   for n, slot in enumerate(config.slots):
     for row in hf_names.block_rows(config, slot, fused):
       leaves = tuple(f'blocks.{n}.{leaf}' for leaf in row.leaves)
-      for r in range(slot.repeats):
-        layer = str(slot.first + r * slot.step)
-        yield _Place(row, tuple(prefix + name.replace('{i}', layer) for name in row.names), leaves,
-                     r)
+      own = shapes(row, leaves, True)
+      for r, layer in enumerate(slot.layers):
+        names = tuple(prefix + name.replace('{i}', str(layer)) for name in row.names)
+        yield _Place(row, names, leaves, r, own)
 
 
 def _expanded(place: _Place, experts: int) -> Iterator[tuple[str, ...]]:
@@ -67,13 +76,6 @@ def _expanded(place: _Place, experts: int) -> Iterator[tuple[str, ...]]:
     return
   for e in range(experts):
     yield tuple(name.replace('{e}', str(e)) for name in place.names)
-
-
-def _shapes(config: ModelConfig, place: _Place, specs: Mapping[str, params_lib.Spec]):
-  """Shapes of the tensors of a place, of one expert where there is one tensor per expert."""
-  drop = (place.layer is not None) + place.row.per_expert
-  leaves = [jax.ShapeDtypeStruct(specs[leaf].shape[drop:], jnp.float32) for leaf in place.leaves]
-  return [x.shape for x in jax.eval_shape(place.row.join, *leaves)]
 
 
 def named_specs(config: ModelConfig) -> dict[str, params_lib.Spec]:
@@ -109,12 +111,11 @@ def _ignored(config: ModelConfig, prefix: str, name: str) -> bool:
 
 def _check_names(config: ModelConfig, places, tensors, prefix: str, where: str) -> None:
   """Raises UserError with every tensor that is missing, extra or of another shape."""
-  specs, faults, known = named_specs(config), [], set()
+  faults, known = [], set()
   for place in places:
-    shapes = _shapes(config, place, specs)
     for names in _expanded(place, config.moe.experts if config.moe else 0):
       known.update(names)
-      for name, shape in zip(names, shapes):
+      for name, shape in zip(names, place.shapes):
         if name not in tensors:
           faults.append(f'{name}: missing')
         elif tensors[name].shape != shape:
@@ -245,11 +246,10 @@ def _plan(config: ModelConfig, params, kept: Mapping[str, files.Tensor], prefix:
           dtype: str | None) -> dict[str, files.Planned]:
   specs, leaves, planned = named_specs(config), dict(_leaves(params)), {}
   for place in _places(config, prefix, fused):
-    shapes = _shapes(config, place, specs)
     for e, names in enumerate(_expanded(place, config.moe.experts if config.moe else 0)):
       at = () if place.layer is None else (place.layer,)
       at += (e,) if place.row.per_expert else ()
-      for k, (name, shape) in enumerate(zip(names, shapes)):
+      for k, (name, shape) in enumerate(zip(names, place.shapes)):
         make = functools.partial(_join, place, [leaves[x] for x in place.leaves], at, k)
         own = files.NAMES[jnp.dtype(leaves[place.leaves[0]].dtype)]
         if dtype and specs[place.leaves[0]].dtype != 'float32':

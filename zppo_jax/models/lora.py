@@ -129,8 +129,8 @@ def save(path: str, config: ModelConfig, factors: Mapping[str, Factors], *, alph
   for key, f in factors.items():
     n, module = key.split('.', 1)
     slot = config.slots[int(n)]
-    for r in range(slot.repeats):
-      at = f'{PEFT_PREFIX}model.layers.{slot.first + r * slot.step}.{module}'
+    for r, layer in enumerate(slot.layers):
+      at = f'{PEFT_PREFIX}model.layers.{layer}.{module}'
       for letter, x in (('A', f.a), ('B', f.b)):
         planned[f'{at}.lora_{letter}.weight'] = files.Planned(
           'F32', x.shape[1:], lambda x=x, r=r: np.asarray(x[r]))
@@ -168,8 +168,10 @@ def read(path: str, config: ModelConfig) -> tuple[dict[str, Factors], float]:
       faults.append(f'{name}: unknown')
       continue
     layer, module, letter = int(match[1]), match[2], match[3]
-    n = next((n for n, s in enumerate(config.slots) if s.repeat_of(layer) is not None), None)
-    parts[f'{n}.{module}', letter, layer] = t
+    if layer >= config.layers:
+      faults.append(f'{name}: the model has {config.layers} layers')
+      continue
+    parts[f'{config.place_of(layer)[0]}.{module}', letter, layer] = t
   specs = abstract(config, given['r'])
   found = {}
   for key in dict.fromkeys(k for k, _, _ in parts):
@@ -178,7 +180,7 @@ def read(path: str, config: ModelConfig) -> tuple[dict[str, Factors], float]:
       continue
     slot, own = config.slots[int(key.split('.')[0])], {}
     for letter, spec in (('A', specs[key].a), ('B', specs[key].b)):
-      held = [parts.get((key, letter, slot.first + r * slot.step)) for r in range(slot.repeats)]
+      held = [parts.get((key, letter, layer)) for layer in slot.layers]
       if any(t is None or t.shape != spec.shape[1:] for t in held):
         faults.append(f'{key}.lora_{letter}: missing in a layer, or not {spec.shape[1:]}')
       else:

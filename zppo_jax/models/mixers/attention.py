@@ -38,9 +38,7 @@ def attention(sliding: bool, config: ModelConfig, params, x: Array, place: Place
                       scale=config.attn_scale, cap=config.attn_cap)
   if config.attn_gate:
     out = out * jax.nn.sigmoid(layers.project(x, params.gate))
-  weight = params.out.astype(x.dtype).reshape(-1, x.shape[-1])
-  out = out.reshape(-1, weight.shape[0]) @ weight
-  return out.reshape(x.shape), cache
+  return layers.project_heads(out, params.out), cache
 
 
 def masks(place: Place, x: Array, held: int | None, window: int = 0):

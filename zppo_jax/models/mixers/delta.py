@@ -45,14 +45,13 @@ def delta_mixer(kind: str, config: ModelConfig, params, x: Array, place: Place,
                      place.segment_ids, decoding=cache is not None)
   out = layers.rms_norm(out, params.norm, config.norm_eps)
   out = out * _gate(kind, config, params, x)
-  weight = params.out.astype(dtype).reshape(-1, x.shape[-1])
-  y = out.reshape(-1, weight.shape[0]) @ weight
+  y = layers.project_heads(out, params.out)
   if cache is None:
-    return y.reshape(x.shape), None
+    return y, None
   new = Recurrent(state, recent)
   if layer is not None:
     new = jax.tree.map(lambda old, own: old.at[layer].set(own), cache, new)
-  return y.reshape(x.shape), new
+  return y, new
 
 
 def causal_conv(x: Array, weight: Array, before: Array | None, segment_ids: Array

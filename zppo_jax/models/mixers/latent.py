@@ -40,7 +40,7 @@ def latent_attention(config: ModelConfig, params, x: Array, place: Place, cache:
     out = layers.attend(jnp.concatenate([plain, turned], -1), jnp.swapaxes(key, 1, 2),
                         jnp.swapaxes(value, 1, 2), mask_of, query_chunk=config.query_chunk,
                         scale=scale)
-    return _out(params, out, x), None
+    return layers.project_heads(out, params.out), None
   absorbed = jnp.einsum('bthn,rhn->bthr', plain, params.key.astype(x.dtype))
   new = Latent(jnp.concatenate([latent[:, None], jnp.swapaxes(shared_key, 1, 2)], axis=-1))
   if cache is not None:
@@ -52,7 +52,7 @@ def latent_attention(config: ModelConfig, params, x: Array, place: Place, cache:
   read = layers.attend(jnp.concatenate([absorbed, turned], -1), new.key, new.key[..., :m.rank],
                        mask_of, query_chunk=config.query_chunk, prefix=shared, scale=scale)
   out = jnp.einsum('bthr,rhv->bthv', read, params.value.astype(x.dtype))
-  return _out(params, out, x), cache
+  return layers.project_heads(out, params.out), cache
 
 
 def _query(config: ModelConfig, params, x: Array) -> Array:
@@ -67,8 +67,3 @@ def _rope(config: ModelConfig, x: Array, place: Place) -> Array:
     return x
   return layers.rope(config, x, place.positions, size=config.mla.rope,
                      interleaved=config.mla.pairs == 'interleaved')
-
-
-def _out(params, out: Array, x: Array) -> Array:
-  weight = params.out.astype(x.dtype).reshape(-1, x.shape[-1])
-  return (out.reshape(-1, weight.shape[0]) @ weight).reshape(x.shape)
