@@ -5,6 +5,7 @@ A second call with the same config resumes from the newest checkpoint, or says t
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from typing import Any
@@ -21,24 +22,33 @@ def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = Fal
   import jax
 
   from zppo_jax.launch import build, roles, validate
+  from zppo_jax.mesh import hosts
   from zppo_jax.rewards.grade import Grader
-  from zppo_jax.train import loop, report
+  from zppo_jax.train import loop
 
   validate.validate(config, num_devices=len(jax.devices()))
-  place = workdir.prepare(folder, config, resume, cleanup)
+  place = workdir.Workdir(**hosts.on_first(
+    lambda: dataclasses.asdict(workdir.prepare(folder, config, resume, cleanup))))
   if place.done:
-    print(f'{folder}: done, nothing left to do')
+    if hosts.is_first():
+      print(f'{folder}: done, nothing left to do')
     return folder
   with Grader(deadline_s=config.data.deadline_secs) as grader:
     loop.train(build.build(config, place.path, grader=grader))
   if config.ckpt.export and roles.is_published(config.init.checkpoint):
     roles.export(place.path, os.path.join(place.path, 'export'), config.init.checkpoint)
-  paths = report.write_report({config.method.name: place.path}, place.path,
+  hosts.on_first(lambda: _close(config, place.path, folder, report_paths))
+  return folder
+
+
+def _close(config: Any, path: str, folder: str, report_paths: bool) -> None:
+  from zppo_jax.train import report
+
+  paths = report.write_report({config.method.name: path}, path,
                               title=f'{config.method.name}: {folder}')
-  workdir.mark_done(place.path)
+  workdir.mark_done(path)
   if report_paths:
     print('\n'.join(paths))
-  return folder
 
 
 def main(launch: app.Launch) -> None:

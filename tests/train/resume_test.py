@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,15 +30,16 @@ def command(config, workdir, cache, *extra):
           f'--workdir={workdir}', f'--config.launch.compilation_cache={cache}', *SMALL, *extra]
 
 
-def environment():
-  """One device; what is tested is what a run does, not how fast."""
+def environment(devices=1):
+  """What is tested is what a run does, not how fast."""
   env = {k: v for k, v in os.environ.items() if k != 'PJRT_NPROC'}
-  return env | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  return env | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0 '
+                f'--xla_force_host_platform_device_count={devices}'}
 
 
-def run(*args, **kwargs):
-  return subprocess.run(args[0], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                        check=True, **kwargs)
+def run(args, devices=1):
+  return subprocess.run(args, cwd=ROOT, env=environment(devices), capture_output=True, text=True,
+                        check=True)
 
 
 def newest(workdir):
@@ -81,7 +83,7 @@ def zppo(base, name, *extra):
                  '--config.eval.every_steps=5', '--config.ckpt.every_steps=1', *extra)
 
 
-@pytest.mark.parametrize('kills', [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('kills', [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_nothing(base, kills):
   """The last one is a SIGTERM, which saves first and asks for a restart."""
   run(zppo(base, f'whole_{kills}'))
@@ -139,3 +141,32 @@ def test_sigterm_saves_and_stale_rollouts_resume_too(base):
   rows = [json.loads(x) for x in (base / 'stale' / 'metrics.jsonl').read_text().splitlines()]
   assert [r['version_lag/max'] for r in rows if r['step']] == [0, 1] + [2] * (STEPS - 2)
   assert any(r.get('group/kind1_count', 0) for r in rows), 'no BCQ group: it proves nothing'
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(base):
+  """Two processes of two devices against one of four; a SIGTERM to one of them stops both."""
+  mesh = '--config.mesh.fsdp=2', '--config.mesh.data=2', '--config.ckpt.every_steps=100'
+  run(zppo(base, 'alone', *mesh), devices=4)
+
+  def start():
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    return [subprocess.Popen(
+      [*zppo(base, 'both', *mesh), f'--coordinator_address=127.0.0.1:{port}', '--num_processes=2',
+       f'--process_id={i}'], cwd=ROOT, env=environment(2), stdout=subprocess.DEVNULL,
+      stderr=open(base / f'both_{i}.txt', 'w', encoding='utf-8')) for i in range(2)]
+
+  pair, seen = start(), base / 'both' / 'metrics.jsonl'
+  while not seen.exists() or len(seen.read_text().splitlines()) < 4:
+    assert all(p.poll() is None for p in pair), (base / 'both_0.txt').read_text()
+    time.sleep(0.02)
+  pair[1].terminate()
+  assert [p.wait() for p in pair] == [42, 42] and 0 < newest(base / 'both') < STEPS
+  assert [p.wait() for p in start()] == [0, 0]
+  whole, both = final_state(base / 'alone'), final_state(base / 'both')
+  jax.tree.map(np.testing.assert_array_equal, whole[0], both[0])
+  assert int(whole[0]['updates']) > 0 and (base / 'both' / 'DONE').exists()
+  for file in ('metrics.jsonl', 'metrics.csv'):
+    assert (base / 'alone' / file).read_bytes() == (base / 'both' / file).read_bytes(), file

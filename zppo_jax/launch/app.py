@@ -11,6 +11,7 @@ from typing import Any
 from absl import app, flags
 
 from zppo_jax.core.errors import UserError
+from zppo_jax.launch import distributed
 from zppo_jax.launch import flags as flags_lib
 
 USER_ERROR, PREEMPTED = 2, 42  # exit statuses; 42: saved, restart me; 1: any other failure
@@ -29,8 +30,10 @@ class Launch:
 def run(main: Callable[[Launch], int | None]) -> None:
   """Parses the flags, calls `main(launch)`, exits with its status (None is 0).
 
-  Flags: --config=FILE.py:preset, --config.field=value, --workdir, --resume, --cleanup and jax's
-  own --jax_*. A UserError from `main` becomes one message on stderr without a traceback.
+  Flags: --config=FILE.py:preset, --config.field=value, --workdir, --resume, --cleanup, jax's own
+  --jax_*, and --coordinator_address, --num_processes, --process_id where several processes of one
+  run do not find each other by themselves. A UserError from `main` becomes one message on stderr
+  without a traceback.
   """
   import jax
 
@@ -45,6 +48,7 @@ def _call(main: Callable[[Launch], int | None], argv: Sequence[str]) -> int | No
   try:
     if len(argv) > 1:
       raise UserError(f'unexpected argument {argv[1]!r}: flags start with --')
+    distributed.start(values.coordinator_address, values.num_processes, values.process_id)
     return main(Launch(values.config, values.workdir, values.resume, values.cleanup))
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)

@@ -13,7 +13,7 @@ from zppo_jax.data import batches
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.data.tasks import sources
 from zppo_jax.launch import roles
-from zppo_jax.mesh import place
+from zppo_jax.mesh import hosts, place
 from zppo_jax.methods import api, table
 from zppo_jax.rewards.grade import Grader
 from zppo_jax.sampling import decode
@@ -146,7 +146,8 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   train_source, eval_source = build_source(config, 'train'), build_source(config, 'validation')
   tokenizer = build_tokenizer(config, train_source)
   model = roles.architecture(config.model, config.init.checkpoint, tokenizer.vocab_size)
-  roles.write_facts(workdir, model, tokenizer, roles.adapters(config), config.init.checkpoint)
+  if hosts.is_first():
+    roles.write_facts(workdir, model, tokenizer, roles.adapters(config), config.init.checkpoint)
   questions = Questions(train_source, tokenizer, build_template(config), config.data.instruction)
   held_out = dataclasses.replace(questions, source=eval_source)
   given = config.rollout.max_new_tokens if 'solutions' in method.needs else None

@@ -20,7 +20,7 @@ _FIELD = re.compile(r'--?(?:no)?config\.([^=]+)')
 
 
 def define(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines --config, --workdir (both required), --resume and --cleanup."""
+  """Defines --config, --workdir (both required), --resume, --cleanup, and how processes join."""
   from ml_collections import config_flags
 
   config_flags.DEFINE_config_file(
@@ -36,6 +36,18 @@ def define(flag_values: flags.FlagValues = flags.FLAGS) -> None:
   )
   flags.DEFINE_bool(
     'cleanup', False, 'With --resume=never: delete the former run.', flag_values=flag_values
+  )
+  flags.DEFINE_string(
+    'coordinator_address', None, 'HOST:PORT of the first of several processes; found by itself on '
+    'Cloud TPU, GKE, SLURM and Open MPI.', flag_values=flag_values
+  )
+  flags.DEFINE_integer(
+    'num_processes', None, 'With --coordinator_address: processes of the run.',
+    flag_values=flag_values
+  )
+  flags.DEFINE_integer(
+    'process_id', None, 'With --coordinator_address: number of this process.',
+    flag_values=flag_values
   )
   flags.mark_flags_as_required(['config', 'workdir'], flag_values)
 

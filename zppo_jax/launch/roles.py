@@ -11,11 +11,10 @@ from typing import Any
 import jax
 
 from zppo_jax import models
-from zppo_jax.core import trees
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import jinja_templates
 from zppo_jax.data import tokenizer as tokenizer_lib
-from zppo_jax.mesh import place
+from zppo_jax.mesh import hosts, place
 from zppo_jax.models import config as config_lib
 from zppo_jax.models import hf_config, lora, presets
 from zppo_jax.models import params as params_lib
@@ -98,14 +97,8 @@ def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
   own = facts.get('lora')
   specs = params_lib.abstract(config) if own is None else lora.abstract(
     config, own['rank'], own['targets'])
-  saved = checkpoint.load_params(os.path.join(os.path.abspath(folder), 'checkpoints'))
-  leaves = trees.named_leaves(saved)
-  shardings = params_lib.shardings(specs, mesh)
-
-  def pick(path, spec, sharding):
-    return jax.device_put(leaves[trees.path_name(path)], sharding)
-
-  params = jax.tree_util.tree_map_with_path(pick, specs, shardings, is_leaf=params_lib.is_spec)
+  template = checkpoint.abstract(params_lib.shapes(specs), params_lib.shardings(specs, mesh))
+  params = checkpoint.load_params(os.path.join(os.path.abspath(folder), 'checkpoints'), template)
   if own is not None:
     base = (_published(own['base'], config, mesh) if is_published(own['base']) else
             load_policy(own['base'], mesh)[1])
@@ -171,4 +164,5 @@ def export(workdir: str, out: str, source: str = '', dtype: str | None = None) -
   `source` is the published checkpoint that the run started from, if any.
   """
   config, params, _ = load_policy(workdir, place.make_mesh({'data': len(jax.devices())}))
-  models.save(out, config, params, source=source or None, dtype=dtype)
+  if hosts.is_first():
+    models.save(out, config, params, source=source or None, dtype=dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zppo_jax.core import types
+from zppo_jax.mesh import hosts
 from zppo_jax.methods import api
 from zppo_jax.replay import prompts as prompt_buffer
 from zppo_jax.replay.prompts import PromptBuffer
@@ -61,7 +62,7 @@ def right_traces(drawn: api.Drawn, slots: Sequence[int], ctx: api.Context, *, gr
     sampled = ctx.draw(groups, capacity=chunk, group_size=group_size, role=types.TEACHER)
     keep = sampled.reward > 0
     if finished:
-      keep &= np.asarray(sampled.rollout.status) == types.FINISHED
+      keep &= hosts.fetch(sampled.rollout.status) == types.FINISHED
     for i, slot in enumerate(part):
       found[slot] = [sampled.texts[r] for r in sampled.rows(i) if keep[r]]
   return found

@@ -3,6 +3,7 @@ facts."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -45,18 +46,23 @@ def _differences(wanted, found: dict[str, Any]) -> list[str]:
   return lines
 
 
+def _tree(metadata):
+  return getattr(metadata, 'tree', metadata)
+
+
+def _check_same(step: int, wanted, saved) -> None:
+  lines = _differences(wanted, trees.named_leaves(saved, is_leaf=lambda x: hasattr(x, 'shape')))
+  if lines:
+    shown = '\n  '.join(lines[:20])
+    raise UserError(f'checkpoint {step} does not fit this run:\n  {shown}')
+
+
 def restore(manager: ocp.CheckpointManager, step: int, *, state: Any, pending: Any = None):
   """(state, pending, meta) at a step; `state` is an abstract tree with shardings.
 
   Raises UserError that lists the leaves whose tree or shape differs.
   """
-  saved = manager.item_metadata(step)['state']
-  saved = getattr(saved, 'tree', saved)
-  found = trees.named_leaves(saved, is_leaf=lambda x: hasattr(x, 'shape'))
-  lines = _differences(state, found)
-  if lines:
-    shown = '\n  '.join(lines[:20])
-    raise UserError(f'checkpoint {step} does not fit this run:\n  {shown}')
+  _check_same(step, state, _tree(manager.item_metadata(step)['state']))
   args = {'state': ocp.args.StandardRestore(state), 'meta': ocp.args.JsonRestore(),
           'pending': ocp.args.StandardRestore(pending)}
   out = manager.restore(step, args=ocp.args.Composite(**args))
@@ -71,11 +77,19 @@ def abstract(tree, shardings=None):
                       shardings)
 
 
-def load_params(path: str, name: str = 'policy'):
-  """Parameters of one role in the newest checkpoint under `path`, as the saved nested dict."""
+def load_params(path: str, template: Any, name: str = 'policy'):
+  """Parameters of one role in the newest checkpoint under `path`, and nothing else of it.
+
+  `template` is an abstract tree with shardings. Raises UserError that lists the leaves that differ.
+  """
   with make_manager(path) as manager:
     step = manager.latest_step()
     if step is None:
       raise UserError(f'no checkpoint in {path}')
-    out = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-  return out['state']['params'][name]
+    _check_same(step, template, _tree(manager.item_metadata(step)['state'])['params'][name])
+  item = {'params': {name: template}}
+  restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+  with ocp.PyTreeCheckpointer() as reader:
+    out = reader.restore(os.path.join(path, str(step), 'state'), args=ocp.args.PyTreeRestore(
+      item=item, restore_args=restore_args, partial_restore=True))
+  return out['params'][name]

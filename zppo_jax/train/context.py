@@ -16,7 +16,7 @@ import numpy as np
 from zppo_jax.core import rng, trees, types
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import templates
-from zppo_jax.mesh import place
+from zppo_jax.mesh import hosts, place
 from zppo_jax.methods import api
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.rewards import grade as grade_lib
@@ -266,21 +266,29 @@ class StepContext:
     slots = (*groups, *[None] * (capacity - len(groups)))
     with self._timer('reward'):
       texts = self._texts(rollout, len(groups) * size, role)
-      reward, answers = np.asarray(rollout.reward), [None] * len(texts)
+      reward, answers = hosts.fetch(rollout.reward), [None] * len(texts)
       if graded and groups:
         examples = [self.example(g.question) for g in groups for _ in range(size)]
-        scores, results = self._setup.grader.grade(texts, examples)
-        scores = grade_lib.check_rewards(scores, len(texts),
-                                         allow_fractional=self._setup.allow_fractional)
+        scores, answers = self._grade(texts, examples)
         reward = np.pad(scores, (0, capacity * size - len(texts)))
-        answers = [r.parsed for r in results]
         rollout = dataclasses.replace(rollout, reward=jnp.asarray(reward))
     blank = capacity * size - len(texts)
     return api.Drawn(rollout, slots, size, (*texts, *[''] * blank), (*answers, *[None] * blank),
                      reward.astype(np.float32))
 
+  def _grade(self, texts: Sequence[str], examples: Sequence[types.Example]):
+    """(scores f32[n], answers as read); every process grades its share."""
+    def grade(rows):
+      scores, results = self._setup.grader.grade([texts[i] for i in rows],
+                                                 [examples[i] for i in rows])
+      return [(float(s), r.parsed) for s, r in zip(scores, results)]
+
+    scores, answers = zip(*hosts.share(grade, len(texts)))
+    return grade_lib.check_rewards(
+      scores, len(texts), allow_fractional=self._setup.allow_fractional), list(answers)
+
   def _texts(self, rollout: types.Rollout, rows: int, role: int) -> list[str]:
-    tokens, turns = jax.device_get((rollout.tokens, rollout.turn_id))
+    tokens, turns = hosts.fetch((rollout.tokens, rollout.turn_id))
     decode_ids = self._questions(role).tokenizer.decode
     return [decode_ids(tokens[i][turns[i] > 0].tolist()) for i in range(rows)]
 

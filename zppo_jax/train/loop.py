@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from zppo_jax.core import rng, types
 from zppo_jax.core.errors import UserError
+from zppo_jax.mesh import hosts
 from zppo_jax.ops import groups
 from zppo_jax.replay import prompts
 from zppo_jax.train import checkpoint, compiles, evaluate, observe, state
@@ -66,7 +67,7 @@ def _check_groups(parts) -> None:
   """Raises ValueError on a group that is not whole, before credit compares its rows."""
   total = sum(p.rollout.valid.shape[0] for p in parts)
   for part in parts:
-    ids, valid = jax.device_get((part.rollout.group_id, part.rollout.valid))
+    ids, valid = hosts.fetch((part.rollout.group_id, part.rollout.valid))
     groups.check_group_ids(ids[valid], total, part.group_size)
 
 
@@ -188,9 +189,9 @@ def train(run: Run) -> state.TrainState:
   else:
     train_state, queue = saver.restore(begin, programs.abstract)
   with (MetricWriter(run.workdir, after_step=-1 if begin is None else begin,
-                     tensorboard=run.settings.tensorboard) as writer,
+                     tensorboard=run.settings.tensorboard, enabled=hosts.is_first()) as writer,
         Progress(run.settings.num_steps, start_step=begin or 0, every=run.settings.log_every,
-                 enabled=run.progress) as progress,
+                 enabled=run.progress and hosts.is_first()) as progress,
         _Preemption() as preemption, jax.set_mesh(run.setup.mesh)):
     if begin is None:
       writer.write_scalars(0, _evaluate(run, programs.policy(train_state.params)))
@@ -230,7 +231,8 @@ class _Body:
         host |= _evaluate(run, self.programs.policy(train_state.params))
         self.timer.take()  # evaluation is not part of any step
       rows.append((done, metrics, host))
-      stop = done == last or preemption.asked
+      asked = hosts.agree(preemption.asked)  # a signal may reach one process only
+      stop = done == last or asked
       saves = stop or done % run.settings.checkpoint_every == 0
       if saves or done % run.settings.log_every == 0:
         try:
@@ -241,7 +243,7 @@ class _Body:
         self.progress.update(done, self._shown(host, metrics))
       if saves:
         self.saver.save(done, train_state, queue, force=stop)
-      if preemption.asked and done < last:
+      if asked and done < last:
         self.saver.close()
         raise SystemExit(42)
     return train_state
@@ -288,7 +290,7 @@ class _Body:
       'memory_peak_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
   def _dump(self, item: Sampled, at: int) -> None:
-    if item.dump:
+    if item.dump and hosts.is_first():
       folder = os.path.join(self.run.workdir, 'rollouts')
       os.makedirs(folder, exist_ok=True)
       with open(os.path.join(folder, f'step_{at}.jsonl'), 'w', encoding='utf-8') as file:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from zppo_jax.core import types
+from zppo_jax.mesh import hosts
 from zppo_jax.methods import api
 
 
@@ -25,14 +26,14 @@ def _kind_metrics(part: api.Drawn) -> dict[int, list[tuple[float, bool]]]:
 def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
   """Rewards, groups, lengths and cost of a step. Plain statistics are over kind-0 policy groups."""
   first = parts[0]
-  cost = {'rollouts': float(sum(np.asarray(p.rollout.valid).sum() for p in parts)),
-          'sampled_tokens': float(sum(np.asarray(p.rollout.loss_mask).sum() for p in parts))}
+  cost = {'rollouts': float(sum(hosts.fetch(p.rollout.valid).sum() for p in parts)),
+          'sampled_tokens': float(sum(hosts.fetch(p.rollout.loss_mask).sum() for p in parts))}
   if any(g is not None and g.response is not None for g in first.groups):
     return cost  # given rows: nobody sampled or graded them
-  rows = np.asarray(first.rollout.valid)
+  rows = hosts.fetch(first.rollout.valid)
   reward = first.reward[rows]
-  length = np.asarray(first.rollout.traj_tokens)[rows]
-  status = np.asarray(first.rollout.status)[rows]
+  length = hosts.fetch(first.rollout.traj_tokens)[rows]
+  status = hosts.fetch(first.rollout.status)[rows]
   found = {
     'reward/mean': float(reward.mean()), 'reward/std': float(reward.std()),
     'reward/min': float(reward.min()), 'reward/max': float(reward.max()),
@@ -59,7 +60,7 @@ def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
 
 def version_lag(rollouts: Sequence[types.Rollout], version: int) -> dict[str, float]:
   """How many updates ago the loss tokens were sampled."""
-  lags = [version - np.asarray(r.version)[np.asarray(r.loss_mask)] for r in rollouts]
+  lags = [version - hosts.fetch(r.version)[hosts.fetch(r.loss_mask)] for r in rollouts]
   lag = np.concatenate(lags) if lags else np.zeros(1)
   return {'version_lag/mean': float(lag.mean()) if lag.size else 0.0,
           'version_lag/max': float(lag.max()) if lag.size else 0.0}
