@@ -5,7 +5,9 @@ transformers in torch, in turn and in one run:
   python3.11 -m venv .venv-torch
   .venv-torch/bin/pip install torch==2.13.0 transformers==5.23.0
 A speed-up is printed only for a shape whose numbers have passed. With --aot nothing runs: the TPU
-kernels are compiled for --topology, and their bytes, flops, memory and static schedule printed.
+kernels are compiled for --topology, and their bytes, flops, memory and static schedule printed,
+beside the schedule of tokamax where it is installed, here or under --peer_python
+(bench_kernels_tokamax.py).
 With --scaling=4096,16384,65536 the chunked form is timed at these lengths.
 """
 
@@ -15,6 +17,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -207,9 +210,11 @@ def main(argv) -> None:
       raise UserError(f'--{name} must be at least 1, got {f[name].value}')
   shape = Shape(f.time, f.heads, f.key, f.value)
   if f.aot:
-    from experiments import bench_kernels_aot
+    from experiments import bench_kernels_aot, bench_kernels_tokamax
     found = bench_kernels_aot.compile_all(shape, f.topology, f.chips, f.dtype)
+    found['tokamax'] = bench_kernels_tokamax.beside(found, shape, f.peer_python)
     print(json.dumps(found, indent=1))
+    print(*bench_kernels_tokamax.lines(found), sep='\n', file=sys.stderr)
     return
   print(f'delta rule on {jax.default_backend()}, {shape}')
   if f.scaling:
@@ -226,7 +231,8 @@ def define_flags() -> None:
   flags.DEFINE_integer('key', 128, 'K.')
   flags.DEFINE_integer('value', 128, 'V.')
   flags.DEFINE_integer('repeats', 7, 'Runs of each side.')
-  flags.DEFINE_string('peer_python', '', 'Python of a virtualenv with torch and transformers.')
+  flags.DEFINE_string('peer_python', '',
+                      'Python of a virtualenv with torch and transformers; of --aot, with tokamax.')
   flags.DEFINE_string('out', '', 'Folder for bench_kernels.json and .png.')
   flags.DEFINE_bool('aot', False, 'Compile the TPU kernels ahead of time instead.')
   flags.DEFINE_string('topology', 'v6e:2x2', 'TPU topology of --aot.')

@@ -6,6 +6,7 @@ Nothing runs and nothing is allocated. Needs `libtpu` (extra `aot`).
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -49,6 +50,7 @@ def compile_all(shape, topology: str, chips: int, dtype: str) -> dict[str, Any]:
     program |= dict(roofline_bytes=cost.bytes_accessed, roofline_flops=cost.flops)
   states = 4 * shape.heads // chips * shape.key * shape.value * -(-shape.time // plan.chunk)
   return dict(topology=topology, chips=chips, dtype=dtype, time=shape.time, heads=shape.heads,
+              versions={k: importlib.metadata.version(k) for k in ('jax', 'libtpu')},
               programs=programs, state_bytes=states,
               bundles_per_head_and_chunk={k: n / plan.block for k, n in bundles.items()})
 

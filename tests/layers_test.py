@@ -123,7 +123,9 @@ def test_no_row_of_the_table_is_a_word_in_shared_machinery():
 
 def test_jax_experimental_stays_in_kernels_and_aot():
   found = [n for n, p in ALL.items() if any(t.startswith('jax.experimental') for t in imports(p))]
-  assert set(found) <= {'zppo_jax.launch.aot'} | {n for n in found if n.startswith('kernels')}
+  # The worker runs in a virtualenv of its own, without this project.
+  aot = {'zppo_jax.launch.aot', 'experiments.bench_kernels_tokamax'}
+  assert set(found) <= aot | {n for n in found if n.startswith('kernels')}
 
 
 def test_no_heavy_import_at_import_time():
