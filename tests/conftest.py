@@ -26,7 +26,7 @@ for _name, _value in _FLAGS.items():
 
 _LONG = {'resume_test.py', 'aot_test.py', 'quickstart_test.py', 'published_test.py'}
 # Small programs, whose compiling is the cost of their tests.
-_QUICK_FOLDERS = {'kernels', 'models', 'sampling', 'train'}
+_QUICK_FOLDERS = {'kernels', 'methods', 'models', 'sampling', 'train'}
 
 
 def pytest_configure(config):
@@ -43,11 +43,15 @@ def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: item.path.name not in _LONG)
 
 
-@pytest.fixture(scope='module')
-def quick_compiles():
-  """Compiles without most optimisations; for modules where no property needs fast code."""
+@pytest.fixture(scope='module', autouse=True)
+def _quick_compiles(request):
+  """Compiles without most optimisations, in folders where no property needs fast code."""
   import jax  # after the environment is set
 
+  inside = pathlib.Path(request.path).relative_to(pathlib.Path(__file__).parent)
+  if inside.parts[0] not in _QUICK_FOLDERS:
+    yield
+    return
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -62,9 +66,3 @@ def _forget_programs():
   jax.clear_caches()
   gc.collect()
 
-
-@pytest.fixture(scope='module', autouse=True)
-def _quick_folders(request):
-  inside = pathlib.Path(request.path).relative_to(pathlib.Path(__file__).parent)
-  if inside.parts[0] in _QUICK_FOLDERS:
-    request.getfixturevalue('quick_compiles')

@@ -47,13 +47,8 @@ def check(done, *programs, topology='v5p:4x4x4'):
 
 
 @pytest.mark.aot
-def test_student_sampling_compiles_and_fits(tmp_path):
-  check(launch_pod(tmp_path, '--programs=sample', SHORT[0], settings=QUICK), 'sample')
-
-
-@pytest.mark.aot
-def test_train_step_of_short_rows_compiles_and_fits(tmp_path):
-  check(launch_pod(tmp_path, '--programs=train', *SHORT, settings=QUICK), 'train')
+def test_train_step_and_sampling_of_short_rows_compile_and_fit(tmp_path):
+  check(launch_pod(tmp_path, '--programs=train,sample', *SHORT, settings=QUICK), 'train', 'sample')
 
 
 @pytest.mark.aot

@@ -11,7 +11,6 @@ from zppo_jax.core.errors import UserError
 from zppo_jax.models import lora
 from zppo_jax.train import run as run_lib
 
-pytestmark = pytest.mark.usefixtures('quick_compiles')
 ADAPTERS = lora.Settings(rank=2, alpha=8.0)
 
 

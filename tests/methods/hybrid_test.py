@@ -11,8 +11,6 @@ from zppo_jax.models import params as params_lib
 from zppo_jax.train import compiles
 from zppo_jax.train import run as run_lib
 
-pytestmark = pytest.mark.usefixtures('quick_compiles')
-
 
 @pytest.mark.parametrize('name', ('zppo_grpo_buffer',
                                   pytest.param('zppo_ncq', marks=pytest.mark.slow)))

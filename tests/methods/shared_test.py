@@ -38,7 +38,7 @@ CREDIT_ON_EIGHT = {'zppo', 'ppo+kl', 'reinforce_pp', 'remax', 'opd', 'distill_of
 
 
 @pytest.fixture(scope='module', autouse=True)
-def counted_compiles(quick_compiles):
+def counted_compiles():
   compiles.install()
   yield
   _compiled.cache_clear()

@@ -49,6 +49,17 @@ class CoinGrader:
     return np.asarray([r.score for r in results], np.float32), results
 
 
+class FixedGrader:
+  """Every answer of a call is worth the same: the next value, at the end the last one for good."""
+
+  def __init__(self, *values: float):
+    self.values = list(values)
+
+  def grade(self, texts, examples):
+    value = self.values.pop(0) if len(self.values) > 1 else self.values[0]
+    return np.full(len(texts), value, np.float32), CoinGrader().grade(texts, examples)[1]
+
+
 @functools.cache
 def source():
   return sources.build_source(dict(name='arithmetic', digits=1, terms=2, size=64))

@@ -411,13 +411,6 @@ def test_teacher_response_without_a_right_answer_changes_nothing():
 # The same on real models.
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiles():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def real_context(name: str, **changes):
   run = tiny.make_run(name, **changes)
   return run, context.StepContext(run.setup, tiny.weights(1), step=0, version=0, stream=run.stream)
@@ -570,27 +563,16 @@ def test_switches_lift_the_bounds_that_they_make_idle():
   assert 'teacher' in zppo.build(small(use_ncq=False)).needs
 
 
-class Verdicts:
-  """A grader that says what it is told."""
-
-  def __init__(self, value):
-    self.value = value
-
-  def grade(self, texts, examples):
-    results = tiny.CoinGrader().grade(texts, examples)[1]
-    return np.full(len(texts), self.value, np.float32), results
-
-
 @pytest.mark.parametrize('value', [-0.5, 1.5, float('nan'), float('inf'), 0.5])
 def test_bad_rewards_are_refused(value):
-  run = tiny.make_run('zppo', grader=Verdicts(value))
+  run = tiny.make_run('zppo', grader=tiny.FixedGrader(value))
   ctx = context.StepContext(run.setup, tiny.weights(1), step=0, version=0)
   with pytest.raises(RewardError, match='reward'):
     ctx.draw([api.Group(0)], capacity=tiny.SLOTS)
 
 
 def test_fractional_rewards_need_permission():
-  run = tiny.make_run('zppo', grader=Verdicts(0.5))
+  run = tiny.make_run('zppo', grader=tiny.FixedGrader(0.5))
   setup = dataclasses.replace(run.setup, allow_fractional=True)
   ctx = context.StepContext(setup, tiny.weights(1), step=0, version=0)
   assert ctx.draw([api.Group(0)], capacity=tiny.SLOTS).reward[0] == 0.5

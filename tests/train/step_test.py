@@ -64,13 +64,6 @@ def run(parts, *, iterations=1, terms=None, settings=SETTINGS, optim=None):
   return before, after, {k: float(v) for k, v in metrics.items()}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiles():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.mark.parametrize('slots,count,num_valid', [(6, 3, 6), (7, 3, 7), (7, 3, 2), (5, 4, 3),
                                                    (1, 4, 1), (4, 1, 0)])
 def test_valid_groups_are_dealt_evenly(slots, count, num_valid):
