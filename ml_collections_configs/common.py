@@ -36,7 +36,7 @@ def model(name, **changes):
                 dtype='float32', param_dtype='float32', remat='none', unroll=1, query_chunk=1024,
                 mixers=('full',), context=32_768, linear_heads=0, linear_value_heads=0,
                 linear_key_dim=0, linear_value_dim=0, linear_conv=4, linear_rank=0,
-                linear_negative=False, linear_kernel='')
+                linear_negative=False, linear_kernel='', attn_kernel='')
   return config_dict.ConfigDict(fields | MODELS[name] | changes)
 
 

@@ -14,7 +14,7 @@ from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.launch import roles, workdir
 from zppo_jax.mesh import place
 from zppo_jax.replay import prompts
-from zppo_jax.train import context, loop
+from zppo_jax.train import context, memory, saver
 
 SMALL = {'model.hidden': 32, 'model.inter': 64, 'data.eval_size': 16, 'eval.num_questions': 16,
          'eval.chunk': 16, 'log.progress': False, 'mesh.fsdp': 1, 'mesh.data': -1}
@@ -65,6 +65,17 @@ def test_metrics_that_a_user_must_see(still):
     assert name in timing, name
 
 
+def test_memory_of_the_step_is_said_before_it_runs(still):
+  """What the shapes say of the arguments, against the compiler; a chip holds an eighth of rows."""
+  found = json.loads((still / 'memory.json').read_text())
+  known = sum(found['parts'].values())
+  assert known == pytest.approx(found['arguments'], rel=0.1)
+  assert found['temporaries'] > 0 and found['aliased'] > 0.5 * found['parts']['optimiser']
+  line = memory.Memory(**found).line(2**30)
+  assert 'params 0.00' in line and line.endswith('of 1 GiB per device: fits')
+  assert 'DOES NOT FIT by' in memory.Memory(**found).line(1000)
+
+
 def test_rollouts_can_be_read(still):
   dumped = rows(still / 'rollouts', 'step_10.jsonl')
   assert {r['kind'] for r in dumped} == {0, 2}
@@ -98,9 +109,9 @@ def test_a_restored_buffer_of_other_questions_is_refused():
   buffer = prompts.init(4, 2)
   held = dataclasses.replace(buffer, question_id=buffer.question_id.at[0].set(9),
                              valid=buffer.valid.at[0].set(True))
-  loop._check_buffers((held, jnp.zeros(3)), num_questions=10)
+  saver.check_buffers((held, jnp.zeros(3)), num_questions=10)
   with pytest.raises(UserError, match=r'question_id .*num_questions=9\), got 9'):
-    loop._check_buffers((held, jnp.zeros(3)), num_questions=9)
+    saver.check_buffers((held, jnp.zeros(3)), num_questions=9)
 
 
 def test_a_teacher_with_another_tokenizer_reads_and_writes_its_own(still):

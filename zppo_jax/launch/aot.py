@@ -7,7 +7,6 @@ Needs the `libtpu` wheel (extra `aot`); no TPU. Nothing is allocated.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from zppo_jax.models import flops
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.sampling import decode
-from zppo_jax.train import checkpoint, prepare, state, step
+from zppo_jax.train import checkpoint, memory, prepare, state, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +46,7 @@ class Report:
   """What the compiler says of one program, per chip."""
 
   name: str
-  argument_bytes: int
-  temp_bytes: int
-  output_bytes: int
-  alias_bytes: int
-  parts: dict[str, int]  # bytes of the arguments by role
+  memory: memory.Memory
   compile_seconds: float
   flops: float  # of the model, by formula, over all chips
   executed: float  # with what is computed again in the backward pass
@@ -60,12 +55,8 @@ class Report:
   chip: Chip
 
   @property
-  def total_bytes(self) -> int:
-    return self.argument_bytes + self.temp_bytes + self.output_bytes - self.alias_bytes
-
-  @property
   def fits(self) -> bool:
-    return self.total_bytes <= self.chip.hbm_bytes
+    return self.memory.total <= self.chip.hbm_bytes
 
   @property
   def seconds(self) -> float:
@@ -78,13 +69,8 @@ class Report:
     return self.flops / (self.chips * self.chip.flops * self.seconds)
 
   def line(self) -> str:
-    gib = [x / 2**30 for x in (self.argument_bytes, self.temp_bytes, self.total_bytes,
-                               self.chip.hbm_bytes)]
-    verdict = 'fits' if self.fits else f'DOES NOT FIT by {gib[2] - gib[3]:.2f} GiB'
-    parts = ', '.join(f'{k} {v / 2**30:.2f}' for k, v in self.parts.items())
-    return (f'{self.name:10s} arguments {gib[0]:7.2f} GiB ({parts})  temporaries {gib[1]:7.2f} GiB '
-            f' total {gib[2]:7.2f} of {gib[3]:.0f} GiB per chip: {verdict}; {self.flops:.3g} flops,'
-            f' at least {self.seconds:.3g} s (MFU at most {self.mfu:.0%}); compiled in '
+    return (f'{self.name:10s} {self.memory.line(self.chip.hbm_bytes)}; {self.flops:.3g} flops, at '
+            f'least {self.seconds:.3g} s (MFU at most {self.mfu:.0%}); compiled in '
             f'{self.compile_seconds:.0f} s')
 
 
@@ -131,21 +117,13 @@ def _prompts(slots: int, bucket: int) -> decode.Prompts:
     valid=jax.ShapeDtypeStruct((slots,), jnp.bool_))
 
 
-def _per_chip(tree) -> int:
-  """Bytes that one chip holds of an abstract tree with shardings."""
-  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-             for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.extended))
-
-
 def _report(name: str, lowered, mesh, chip: Chip, *, parts: dict[str, Any], flops: float,
             executed: float, moved: float) -> Report:
   """Compiles; the compiler knows nothing of the operations inside kernels, hence the formulas."""
   begin = time.perf_counter()
-  memory = lowered.compile().memory_analysis()
-  return Report(
-    name, memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.output_size_in_bytes,
-    memory.alias_size_in_bytes, {k: _per_chip(v) for k, v in parts.items()},
-    time.perf_counter() - begin, flops, executed, moved, mesh.size, chip)
+  compiled = lowered.compile()
+  return Report(name, memory.memory_report(compiled, parts), time.perf_counter() - begin, flops,
+                executed, moved, mesh.size, chip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +187,7 @@ class Pod:
       return _report('train', lowered, self.mesh, self.chip,
                      parts=dict(params=held.params, optimiser=held.opt_state, **roles),
                      flops=3 * forward, executed=(4 if self.model.remat == 'full' else 3) * forward,
-                     moved=_per_chip((held.params, held.opt_state)))
+                     moved=memory.per_device((held.params, held.opt_state)))
 
   def sample(self, config: ModelConfig, name: str) -> Report:
     """One call of the sampler: at most chunk_groups groups of plain prompts."""
@@ -228,7 +206,7 @@ class Pod:
       held = jax.eval_shape(lambda: cache_lib.init(config, rows, new).layers)
       cache = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held)) / self.mesh.size
       return _report(name, lowered, self.mesh, self.chip, parts=dict(params=params), flops=total,
-                     executed=total, moved=new * (_per_chip(params) + cache / 2))
+                     executed=total, moved=new * (memory.per_device(params) + cache / 2))
 
 
 def describe(config: Any, topology: str) -> Pod:

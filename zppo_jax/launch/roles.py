@@ -48,10 +48,14 @@ def own_template(folder: str):
     return None
 
 
+def _kernels(section: Any) -> dict[str, str | None]:
+  return {name: section[name] or None for name in ('linear_kernel', 'attn_kernel')}
+
+
 def model_config(section: Any, vocab_size: int = 0) -> ModelConfig:
   """ModelConfig of a config section; `vocab_size` is the tokenizer's."""
   fields = presets.expand(dict(section))
-  fields['linear_kernel'] = fields['linear_kernel'] or None
+  fields |= _kernels(section)
   multiple = fields.pop('vocab_multiple')
   valid = vocab_size or fields['vocab']
   if not fields['vocab']:
@@ -72,7 +76,7 @@ def architecture(section: Any, folder: str, vocab_size: int = 0) -> ModelConfig:
     raise UserError(f'{folder}: {found.vocab} rows of the embedding, but the tokenizer has '
                     f'{vocab_size} ids')
   own = {name: section[name] for name in RUN_FIELDS}
-  return dataclasses.replace(found, **own, linear_kernel=section['linear_kernel'] or None,
+  return dataclasses.replace(found, **own, **_kernels(section),
                              num_valid=vocab_size or found.vocab)
 
 

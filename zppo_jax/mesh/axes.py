@@ -55,6 +55,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, fit(axes, x.shape, mesh))
 
 
+def shards(name: str, size: int) -> int:
+  """Parts that a dim of this name and size is cut into under the mesh in use."""
+  mesh = jax.sharding.get_abstract_mesh()
+  part = None if mesh.empty else fit((name,), (size,), mesh)[0]
+  count = 1
+  for axis in (part,) if isinstance(part, str) else (part or ()):
+    count *= mesh.shape[axis]
+  return count
+
+
 def on_shards(fn: Callable, ins: Sequence[tuple], outs: Sequence[tuple]) -> Callable:
   """`fn` on the shards of arrays with these logical axes, for code that XLA cannot partition.
 

@@ -87,6 +87,7 @@ class ModelConfig:
   attn_gate: bool = False  # a sigmoid gate on what attention read
   attn_scale: float | None = None  # of the scores; None = head_dim ** -0.5
   attn_cap: float | None = None  # soft cap of the scores
+  attn_kernel: str | None = None  # implementation of attention; None = fastest that runs
   logit_cap: float | None = None
   window: int = 0  # keys that a sliding layer sees, its own included
   embed_scale: float = 1.0

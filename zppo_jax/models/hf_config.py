@@ -16,8 +16,9 @@ from zppo_jax.core.errors import UserError
 from zppo_jax.models.config import Mla, ModelConfig, Moe, Rope, problems
 
 Json = Mapping[str, Any]
+# Fields of ModelConfig that no config.json decides.
 NOT_WEIGHTS = ('remat', 'unroll', 'query_chunk', 'dtype', 'param_dtype', 'num_valid',
-               'linear_kernel', 'context')  # fields of ModelConfig that no config.json decides
+               'linear_kernel', 'attn_kernel', 'context')
 _LINEAR = {'linear_attention': 'gdn', 'full_attention': 'full', 'sliding_attention': 'sliding'}
 
 

@@ -13,36 +13,26 @@ import json
 import math
 import os
 import resource
-import signal as signals
+import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from zppo_jax.core import rng, types
+from zppo_jax.core import rng
 from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import hosts
 from zppo_jax.ops import groups
-from zppo_jax.replay import prompts
-from zppo_jax.train import checkpoint, compiles, evaluate, observe, state
+from zppo_jax.train import compiles, evaluate, memory, observe, state
 from zppo_jax.train.context import StepContext
 from zppo_jax.train.metrics import MetricWriter, PhaseTimer
 from zppo_jax.train.progress import Progress
-from zppo_jax.train.run import Programs, Run, compile_programs, initial_state
+from zppo_jax.train.run import Programs, Run, Sampled, compile_programs, initial_state
+from zppo_jax.train.saver import Preemption, Saver
 
 DEVICE_PHASES = ('time/rollout_policy', 'time/rollout_teacher', 'time/prepare', 'time/update',
                  'time/plan')
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled:
-  """The sampled batch of one step, on its way to the update."""
-
-  rollouts: tuple[types.Rollout, ...]
-  group_sizes: tuple[int, ...]
-  metrics: dict[str, float]
-  dump: list[dict[str, Any]]
 
 
 def sample(run: Run, params, method_state, at: int, version, timer) -> tuple[Any, Sampled]:
@@ -71,92 +61,10 @@ def _check_groups(parts) -> None:
     groups.check_group_ids(ids[valid], total, part.group_size)
 
 
-class _Saver:
-  """Checkpoints of a run, and the way back from them."""
-
-  def __init__(self, run: Run):
-    self._run = run
-    self._manager = checkpoint.make_manager(
-      os.path.join(os.path.abspath(run.workdir), 'checkpoints'),
-      every=run.settings.checkpoint_every, keep=run.settings.keep_checkpoints)
-
-  def latest(self) -> int | None:
-    return self._manager.latest_step()
-
-  def save(self, at: int, train_state, queue, force: bool = False) -> None:
-    items = list(queue)
-    meta = {'stream': self._run.stream.get_state(),
-            'pending': [{'group_sizes': q.group_sizes, 'metrics': q.metrics, 'dump': q.dump}
-                        for q in items]}
-    checkpoint.save(self._manager, at, state=train_state, pending=[q.rollouts for q in items],
-                    meta=meta, force=force and self._manager.latest_step() != at)
-
-  def restore(self, at: int, abstract):
-    train_state, pending, meta = checkpoint.restore(self._manager, at, state=abstract)
-    _check_buffers(train_state.method, len(self._run.setup.questions.source))
-    self._run.stream.set_state(meta['stream'])
-    queue = collections.deque(
-      Sampled(tuple(types.Rollout(**r) for r in rollouts), tuple(m['group_sizes']), m['metrics'],
-              m['dump']) for rollouts, m in zip(pending, meta['pending']))
-    return train_state, queue
-
-  def close(self) -> None:
-    self._manager.wait_until_finished()
-    self._manager.close()
-
-
-def _check_buffers(method_state, num_questions: int) -> None:
-  """Raises UserError when a restored prompt buffer holds questions that the data has not."""
-  is_buffer = lambda x: isinstance(x, prompts.PromptBuffer)
-  for buffer in filter(is_buffer, jax.tree.leaves(method_state, is_leaf=is_buffer)):
-    try:
-      prompts.check_restored(buffer, num_questions)
-    except ValueError as error:
-      raise UserError(f'checkpoint: {error}; is data.path or data.size another one?') from error
-
-
-class _Preemption:
-  """Notes a SIGTERM, so that the step in progress ends and is saved."""
-
-  def __init__(self):
-    self.asked = False
-    self._old = None
-
-  def __enter__(self):
-    try:
-      self._old = signals.signal(signals.SIGTERM, self._note)
-    except ValueError:  # not the main thread
-      self._old = None
-    return self
-
-  def _note(self, *_):
-    self.asked = True
-
-  def __exit__(self, *_):
-    if self._old is not None:
-      signals.signal(signals.SIGTERM, self._old)
-
-
 def _evaluate(run: Run, params) -> dict[str, float]:
   if run.eval_setup is None:
     return {}
   return evaluate.evaluate(run.eval_setup, params, run.eval_settings)
-
-
-def _update(run: Run, programs: Programs, train_state, item: Sampled, at: int, timer):
-  """Credit and train step: (train state, device metrics)."""
-  key = rng.fold(jax.random.key(run.setup.seed), at, 'minibatches')
-  with timer('prepare'):
-    method_state, parts = programs.prepare(
-      {k: v for k, v in train_state.params.items()}, train_state.method, item.rollouts, key,
-      programs.roles, item.group_sizes)
-    jax.block_until_ready(parts)
-  with timer('update'):
-    train_state = dataclasses.replace(train_state, method=method_state)
-    train_state, metrics = programs.update(train_state, parts, programs.roles)
-    if not run.settings.max_staleness:
-      jax.block_until_ready(metrics)
-  return train_state, metrics
 
 
 def _fetch(run: Run, rows: list[tuple[int, dict, dict]], writer: MetricWriter) -> None:
@@ -181,7 +89,7 @@ def train(run: Run) -> state.TrainState:
   a SIGTERM, with the state saved.
   """
   compiles.install()
-  programs, saver, timer = compile_programs(run), _Saver(run), PhaseTimer()
+  programs, saver, timer = compile_programs(run), Saver(run), PhaseTimer()
   begin = saver.latest()
   queue: collections.deque[Sampled] = collections.deque()
   if begin is None:
@@ -192,7 +100,7 @@ def train(run: Run) -> state.TrainState:
                      tensorboard=run.settings.tensorboard, enabled=hosts.is_first()) as writer,
         Progress(run.settings.num_steps, start_step=begin or 0, every=run.settings.log_every,
                  enabled=run.progress and hosts.is_first()) as progress,
-        _Preemption() as preemption, jax.set_mesh(run.setup.mesh)):
+        Preemption() as preemption, jax.set_mesh(run.setup.mesh)):
     if begin is None:
       writer.write_scalars(0, _evaluate(run, programs.policy(train_state.params)))
       saver.save(0, train_state, queue, force=True)
@@ -210,12 +118,13 @@ class _Body:
 
   run: Run
   programs: Programs
-  saver: _Saver
+  saver: Saver
   timer: PhaseTimer
   writer: MetricWriter
   progress: Progress
+  memory: memory.Memory | None = None  # of the train step, once it is compiled
 
-  def steps(self, train_state, queue, begin: int, preemption: _Preemption):
+  def steps(self, train_state, queue, begin: int, preemption: Preemption):
     run, last = self.run, self.run.settings.num_steps
     rows: list = []
     while len(queue) < run.settings.max_staleness and begin + len(queue) < last:
@@ -256,6 +165,36 @@ class _Body:
     method_state, item = sample(self.run, params, train_state.method, at, version, self.timer)
     return dataclasses.replace(train_state, method=method_state), item
 
+  def _update(self, train_state, item: Sampled, at: int):
+    """Credit and train step: (train state, device metrics)."""
+    key = rng.fold(jax.random.key(self.run.setup.seed), at, 'minibatches')
+    with self.timer('prepare'):
+      method_state, parts = self.programs.prepare(
+        train_state.params, train_state.method, item.rollouts, key, self.programs.roles,
+        item.group_sizes)
+      jax.block_until_ready(parts)
+    train_state = dataclasses.replace(train_state, method=method_state)
+    with self.timer('update'):
+      if self.memory is None:
+        self._compile_update(train_state, parts)
+      train_state, metrics = self.programs.update(train_state, parts, self.programs.roles)
+      if not self.run.settings.max_staleness:
+        jax.block_until_ready(metrics)
+    return train_state, metrics
+
+  def _compile_update(self, train_state, parts) -> None:
+    """Compiles the step for these shapes, and says what it needs before it runs."""
+    compiled = self.programs.update.lower(train_state, parts, self.programs.roles).compile()
+    self.programs = dataclasses.replace(self.programs, update=compiled)
+    self.memory = memory.memory_report(compiled, dict(
+      params=train_state.params, optimiser=train_state.opt_state, rollouts=parts,
+      **self.programs.roles))
+    if hosts.is_first():
+      with open(os.path.join(self.run.workdir, 'memory.json'), 'w', encoding='utf-8') as file:
+        json.dump(dataclasses.asdict(self.memory), file, indent=2)
+      if self.run.progress:
+        print(f'train step: {self.memory.line(memory.device_limit())}', file=sys.stderr)
+
   def _one(self, train_state, queue, at: int):
     """One rollout step: (train state, device metrics, host metrics)."""
     run, stale = self.run, self.run.settings.max_staleness
@@ -269,7 +208,7 @@ class _Body:
     sampler = None  # a copy of the weights before the update, which is donated
     if stale:
       sampler = jax.tree.map(jnp.copy, self.programs.policy(train_state.params))
-    train_state, metrics = _update(run, self.programs, train_state, item, at, self.timer)
+    train_state, metrics = self._update(train_state, item, at)
     if stale and at + stale < run.settings.num_steps:
       train_state, ahead = self._sample(train_state, sampler, at + stale, version)
       queue.append(ahead)

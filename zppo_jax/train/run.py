@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import place
 from zppo_jax.methods import api
@@ -49,6 +50,16 @@ class Run:
   reference: Any = None  # frozen policy for KL, where the method needs one
   warm_start: Any = None  # initial policy weights
   progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """The sampled batch of one step, on its way to the update."""
+
+  rollouts: tuple[types.Rollout, ...]
+  group_sizes: tuple[int, ...]
+  metrics: dict[str, float]
+  dump: list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +118,8 @@ def compile_programs(run: Run) -> Programs:
     prepare=jax.jit(prepare.make_prepare(config, method, run.step_settings, role_configs),
                     static_argnums=5),
     update=jax.jit(lambda s, parts, r: update(s, parts, {k: r[k] for k in in_step}),
-                   donate_argnums=0, out_shardings=(shardings, place.replicated(mesh))),
+                   donate_argnums=0, keep_unused=True,  # arrays that live on are in its memory
+                   out_shardings=(shardings, place.replicated(mesh))),
     absorb=jax.jit(lambda s, parts: method.absorb(
       s, prepare.join(parts, max(p.tokens.shape[1] for p in parts)))),
     policy=lambda params: merged(params, roles.get('base')),

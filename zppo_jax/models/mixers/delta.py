@@ -136,19 +136,23 @@ def _gate(kind: str, config: ModelConfig, params, x: Array) -> Array:
 
 
 def _rule(config: ModelConfig, q, write, erase, value, decay, state, segment_ids, decoding: bool):
-  """The delta rule on the chips that hold the rows and heads."""
+  """The delta rule on the chips that hold the rows, heads and parts of rows."""
   if decoding and q.shape[1] == 1:
     inputs = (x[:, 0] for x in (q, write, erase, value, decay))
     state, out = delta_rule.step(state, *inputs)
     return out[:, None], axes.constrain(state, *RECURRENT_AXES.state[1:])
 
+  parts = axes.shards('length', q.shape[1])
+
   def rule(q, write, erase, value, decay, state, segment_ids):
-    return delta_rule.delta_rule(q, write, erase, value, decay, state=state,
-                                 segment_ids=segment_ids, implementation=config.linear_kernel)
+    inputs, kwargs = (q, write, erase, value, decay), dict(
+      state=state, segment_ids=segment_ids, implementation=config.linear_kernel)
+    if parts > 1:
+      return delta_rule.delta_rule_sharded(*inputs, axis_name='context', **kwargs)
+    return delta_rule.delta_rule(*inputs, **kwargs)
 
   if state is None:
     state = jnp.zeros((q.shape[0], *value.shape[2:3], q.shape[3], value.shape[3]), jnp.float32)
-  heads = 'batch', None, 'heads', None
-  return axes.on_shards(rule, [heads] * 5 + [('batch', 'heads', None, None), ('batch', None)],
-                        [heads, ('batch', 'heads', None, None)])(
+  heads, whole = ('batch', 'length', 'heads', None), ('batch', 'heads', None, None)
+  return axes.on_shards(rule, [heads] * 5 + [whole, ('batch', 'length')], [heads, whole])(
     q, write, erase, value, decay, state, segment_ids)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels.attention import attend
 from zppo_jax.models import layers
 from zppo_jax.models.cache import Latent
 from zppo_jax.models.config import ModelConfig
-from zppo_jax.models.mixers.attention import masks, prefix_masks, write
+from zppo_jax.models.mixers.attention import attend_rows, masks, prefix_masks, write
 from zppo_jax.models.mixers.place import Place
 
 Array = jax.Array
@@ -31,17 +32,14 @@ def latent_attention(config: ModelConfig, params, x: Array, place: Place, cache:
   shared_key = _rope(config, both[..., None, m.rank:], place)
   scale = (m.nope + m.rope) ** -0.5 * (config.rope.scores if config.rope else 1.0)
   scale = config.attn_scale or scale
-  held = None if cache is None else cache.key.shape[-2]
-  mask_of = masks(place, x, held)
   if cache is None and prefix is None:
     key, value = layers.project(latent, params.key), layers.project(latent, params.value)
     key = jnp.concatenate(
       [key, jnp.broadcast_to(shared_key, (*key.shape[:3], m.rope))], axis=-1)
-    out = layers.attend(jnp.concatenate([plain, turned], -1), jnp.swapaxes(key, 1, 2),
-                        jnp.swapaxes(value, 1, 2), mask_of, query_chunk=config.query_chunk,
-                        scale=scale)
+    out = attend_rows(config, jnp.concatenate([plain, turned], -1), key, value, place, scale=scale)
     return layers.project_heads(out, params.out), None
   absorbed = jnp.einsum('bthn,rhn->bthr', plain, params.key.astype(x.dtype))
+  mask_of = masks(place, x, None if cache is None else cache.key.shape[-2])
   new = Latent(jnp.concatenate([latent[:, None], jnp.swapaxes(shared_key, 1, 2)], axis=-1))
   if cache is not None:
     new, cache = write(cache, new, place.start, layer)
@@ -49,8 +47,8 @@ def latent_attention(config: ModelConfig, params, x: Array, place: Place, cache:
   if prefix is not None:
     shared = (prefix.key, prefix.key[..., :m.rank],
               prefix_masks(place, x, prefix.key.shape[-2]))
-  read = layers.attend(jnp.concatenate([absorbed, turned], -1), new.key, new.key[..., :m.rank],
-                       mask_of, query_chunk=config.query_chunk, prefix=shared, scale=scale)
+  read = attend(jnp.concatenate([absorbed, turned], -1), new.key, new.key[..., :m.rank], mask_of,
+                query_chunk=config.query_chunk, prefix=shared, scale=scale)
   out = jnp.einsum('bthr,rhv->bthv', read, params.value.astype(x.dtype))
   return layers.project_heads(out, params.out), cache
 
