@@ -71,3 +71,35 @@ def test_a_wrong_mesh_is_refused_before_compiling(tmp_path):
 def test_malformed_topology_is_named(name):
   with pytest.raises(UserError, match='topology'):
     aot.topology_devices(name)
+
+
+STEP_OF_LAYERS = """
+import dataclasses, importlib, sys
+from zppo_jax.launch import aot
+config = importlib.import_module('ml_collections_configs.zppo').get_config('pod')
+config.update_from_flattened_dict({
+  'model.preset': 'qwen3.5-27b', 'rollout.prompt_tokens': 512, 'rollout.reformulated_tokens': 1024,
+  'rollout.max_new_tokens': 512, 'method.compress': 'tail', 'method.compress_tokens': 16,
+  'method.num_new': 128, 'method.iterations': 2, 'train.micro_batches': 4})
+pod = aot.describe(config, 'v5p:4x4x4')
+if sys.argv[1] == '2':
+  pod = dataclasses.replace(pod, model=dataclasses.replace(pod.model, layers=2,
+                                                           mixers=('gdn', 'full')))
+print(pod.model.layers, pod.train().compile_seconds)
+"""
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+def test_64_layers_compile_in_twice_the_time_of_two():
+  env = {k: v for k, v in os.environ.items() if k not in (
+    'XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
+  env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+          **QUICK}
+  found = {}
+  for layers in ('2', '64'):
+    done = subprocess.run([sys.executable, '-c', STEP_OF_LAYERS, layers], cwd=ROOT, env=env,
+                          capture_output=True, text=True, check=True)
+    count, seconds = done.stdout.split()[-2:]
+    found[count] = float(seconds)
+  assert found['64'] <= 2 * found['2'], found

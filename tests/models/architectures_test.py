@@ -6,6 +6,8 @@ import functools
 import json
 import os
 import shutil
+import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from zppo_jax.models import decoder, flops, hf_config, mlps, presets, safetensor
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import Moe, find_stages
 
+load_lib = sys.modules['zppo_jax.models.load']  # the package has a function of this name
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden')
 BILLIONS = {
   'qwen3-0.6b': 0.596, 'qwen3-1.7b': 1.721, 'qwen3-4b': 4.022, 'qwen3-8b': 8.191,
@@ -168,6 +171,30 @@ def test_heads_and_values_of_a_tied_checkpoint(tmp_path):
   nan = broken(tmp_path / 'c', 'qwen3', {'model.norm.weight': np.full(32, np.nan, np.float32)})
   with pytest.raises(UserError, match='final_norm holds values that are not finite'):
     models.load(str(nan), check=True)
+
+
+@pytest.mark.parametrize('shape', [None, dict(fsdp=2, tensor=2)])
+def test_a_large_leaf_is_read_layer_by_layer(tmp_path, monkeypatch, shape):
+  """The host holds at most the largest tensor and a tenth of the model at a time."""
+  config = models.ModelConfig(vocab=4096, hidden=256, layers=24, heads=4, kv_heads=4, head_dim=64,
+                              inter=1024, family='qwen3')
+  wanted = jax.tree.map(np.asarray, models.init(config, jax.random.key(0)))
+  models.save(str(tmp_path / 'model'), config, wanted)
+  tensors = safetensors.open_folder(str(tmp_path / 'model')).values()
+  largest, total = max(t.stop - t.start for t in tensors), sum(t.stop - t.start for t in tensors)
+  assert wanted.blocks[0].mlp.gate.nbytes > largest + total / 10, 'nothing would be shown'
+  monkeypatch.setattr(load_lib, 'AT_ONCE', 2**20)
+  mesh = None if shape is None else place.make_mesh(shape, jax.devices()[:4])
+  tracemalloc.start()
+  try:
+    _, params = models.load(str(tmp_path / 'model'), mesh=mesh)
+    assert tracemalloc.get_traced_memory()[1] < largest + total / 10
+  finally:
+    tracemalloc.stop()
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, params), wanted)
+  if mesh:
+    wanted = params_lib.shardings(params_lib.abstract(config), mesh)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, params, wanted)))
 
 
 def test_broken_files_are_named(tmp_path):

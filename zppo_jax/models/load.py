@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import warnings
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 
 from zppo_jax.core import trees
 from zppo_jax.core.errors import UserError
-from zppo_jax.mesh import place as place_lib
+from zppo_jax.mesh import hosts
 from zppo_jax.models import hf_config, hf_names, hf_write
 from zppo_jax.models import params as params_lib
 from zppo_jax.models import safetensors as files
@@ -29,6 +30,7 @@ from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.hf_names import Row
 
 PREFIXES = ('model.language_model.', 'model.', 'language_model.model.', '')
+AT_ONCE = 2**28  # bytes of a leaf that the host may hold
 IGNORED = ('mtp.', 'model.visual.', 'visual.')  # parts that a text model does not have
 COPIED = ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
           'special_tokens_map.json', 'vocab.json', 'merges.txt', 'tokenizer.model',
@@ -169,12 +171,29 @@ def load(path: str, *, mesh: Mesh | None = None, dtype: str | None = None,
   def fill(key_path, spec: params_lib.Spec, sharding=None):
     name = trees.path_name(key_path)
     read = functools.partial(_read, sources[name], tensors, name, spec)
-    if sharding is None:
-      return _checked(name, jnp.asarray(read((slice(None),) * len(spec.shape))), check)
-    return _checked(name, jax.make_array_from_callback(spec.shape, sharding, read), check)
+    return _checked(name, _array(spec, sharding, read), check)
 
   rest = () if shardings is None else (shardings,)
   return config, jax.tree_util.tree_map_with_path(fill, specs, *rest, is_leaf=params_lib.is_spec)
+
+
+def _array(spec: params_lib.Spec, sharding, read) -> jax.Array:
+  """The leaf, of `read(index)`; a large one layer by layer, so that the host holds little of it."""
+  def whole(shape, where, read):
+    if where is None:
+      return jnp.asarray(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, where, read)
+
+  size = math.prod(spec.shape) * jnp.dtype(spec.dtype).itemsize
+  if size <= AT_ONCE or spec.axes[0] != 'layers':
+    return whole(spec.shape, sharding, read)
+  put = jax.jit(lambda x, part, at: jax.lax.dynamic_update_slice_in_dim(x, part, at, 0),
+                donate_argnums=0, out_shardings=sharding)
+  x = jnp.zeros(spec.shape, spec.dtype, device=sharding)
+  for at in range(spec.shape[0]):
+    part = whole((1, *spec.shape[1:]), sharding, lambda i, at=at: read((slice(at, at + 1), *i[1:])))
+    x = jax.block_until_ready(put(x, part, at))
+  return x
 
 
 def _checked(name: str, x: jax.Array, check: bool) -> jax.Array:
@@ -265,13 +284,7 @@ def _leaves(params) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _join(place: _Place, leaves, at: tuple[int, ...], which: int) -> np.ndarray:
-  return place.row.join(*(_on_host(x[at]) for x in leaves))[which]
-
-
-def _on_host(x: jax.Array) -> np.ndarray:
-  if not x.is_fully_addressable:
-    x = jax.device_put(x, place_lib.replicated(x.sharding.mesh))
-  return np.asarray(x)
+  return place.row.join(*(hosts.fetch(x[at]) for x in leaves))[which]
 
 
 def _write_config(folder: str, config: ModelConfig, source: str | None, dtype: str | None) -> None:
