@@ -48,10 +48,10 @@ class Prefix:
 class Cache:
   """One entry of `layers` per entry of config.slots, each stacked over the repeats of its slot.
 
-  A split cache has an entry of `layers` per layer of the model, without the axis R, and a scalar
-  `length`: all rows are equally long, so one slice is written instead of a scatter. It goes with
+  A split cache has an entry of `layers` per layer of the model, without the axis R. It goes with
   `decoder.split_blocks` and a split prefix: layers run one by one, and no weight or key is copied
-  out of a stack.
+  out of a stack. With a scalar `length` all its rows are equally long, and one slice is written
+  instead of a scatter.
   """
 
   layers: tuple

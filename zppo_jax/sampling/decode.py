@@ -86,16 +86,14 @@ class _State:
   step: Array  # i32[]
 
 
-def _prefill(config: ModelConfig, params: Params, prompts: Prompts, settings: Settings):
-  """The prompts' cache as the prefix of their samples, and the logits of the first new token."""
-  rows, size = prompts.tokens.shape
-  cache = cache_lib.init(config, rows, size)
-  segments = masks.segments_from_lengths(prompts.length, size)
-  out = decoder.forward(config, params, prompts.tokens, segment_ids=segments, cache=cache,
-                        want='hidden')
-  last = jnp.take_along_axis(out.hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
-  logits = decoder.unembed(config, params, last)
-  return cache_lib.as_prefix(out.cache), jnp.repeat(logits, settings.group_size, axis=0)
+def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
+  """(cache of prompts i32[P, L], logits f32[P, V] of the first new token)."""
+  rows, size = tokens.shape
+  out = decoder.forward(
+    config, params, tokens, segment_ids=masks.segments_from_lengths(length, size),
+    cache=cache_lib.init(config, rows, size), want='hidden')
+  last = jnp.take_along_axis(out.hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+  return out.cache, decoder.unembed(config, params, last)
 
 
 def _first_max(x: Array) -> Array:
@@ -106,18 +104,34 @@ def _first_max(x: Array) -> Array:
   return jnp.min(best, axis=-1)
 
 
-def _choose(logits: Array, row_keys: Array, step: Array, settings: Settings):
-  """Next token i32[N] and its log-prob under the distribution it was drawn from."""
+def choose(logits: Array, row_keys: Array, step: Array, settings: Settings):
+  """Next token i32[N] and its log-prob under the distribution it was drawn from; step i32[N]."""
   if settings.temperature < GREEDY_BELOW:
     shaped, token = logits, _first_max(logits)
   else:
     shaped = rules.apply(logits, temperature=settings.temperature, k=settings.top_k,
                          p=settings.top_p, floor=settings.min_p)
-    noise = jax.vmap(lambda k: jax.random.gumbel(rng.fold(k, step), logits.shape[1:]))(row_keys)
+    noise = jax.vmap(lambda k, s: jax.random.gumbel(rng.fold(k, s), logits.shape[1:]))(
+      row_keys, step)
     token = _first_max(shaped + noise)
   below = shaped - jnp.max(shaped, axis=-1, keepdims=True)
   chosen = jnp.take_along_axis(below, token[:, None], axis=1)[:, 0]
   return token, chosen - jnp.log(jnp.sum(jnp.exp(below), axis=-1))
+
+
+def force(token: Array, logp: Array, forced: Array, forced_length: Array, step: Array):
+  """The given token, with log-prob 0, where a row is inside its forced prefix; step i32[N]."""
+  if not forced.shape[1]:
+    return token, logp
+  column = jnp.minimum(step, forced.shape[1] - 1)[:, None]
+  given = jnp.take_along_axis(forced, column, axis=1)[:, 0]
+  inside = step < forced_length
+  return jnp.where(inside, given, token), jnp.where(inside, 0.0, logp)
+
+
+def row_keys(key: Array, request: Array, sample: Array) -> Array:
+  """The noise of a row is named by its request and its number in the group."""
+  return jax.vmap(lambda r, s: rng.fold(key, r, s))(request, sample)
 
 
 def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) -> _State:
@@ -125,18 +139,13 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   rep = functools.partial(jnp.repeat, repeats=group, axis=0)
   forced, forced_length, valid = map(rep, (prompts.forced, prompts.forced_length, prompts.valid))
   sample = jnp.tile(jnp.arange(group), prompts.length.shape[0])
-  row_keys = jax.vmap(lambda r, s: rng.fold(key, r, s))(rep(prompts.request), sample)
+  keys = row_keys(key, rep(prompts.request), sample)
   eos = jnp.asarray(settings.eos_ids, jnp.int32)
   width = settings.max_new_tokens
 
   def body(state: _State) -> _State:
-    token, logp = _choose(state.logits, row_keys, state.step, settings)
-    if forced.shape[1]:
-      is_forced = state.step < forced_length
-      given = jnp.take_along_axis(
-        forced, jnp.minimum(state.step, forced.shape[1] - 1)[None, None].repeat(len(valid), 0),
-        axis=1)[:, 0]
-      token, logp = jnp.where(is_forced, given, token), jnp.where(is_forced, 0.0, logp)
+    step = jnp.broadcast_to(state.step, valid.shape)
+    token, logp = force(*choose(state.logits, keys, step, settings), forced, forced_length, step)
     live = ~state.done
     tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
     logps = state.logp.at[:, state.step].set(jnp.where(live, logp, 0.0))
@@ -146,7 +155,8 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
     logits = decoder.unembed(config, params, out.hidden[:, 0])
     return _State(out.cache, logits, tokens, logps, done, state.length + live, state.step + 1)
 
-  prefix, logits = _prefill(config, params, prompts, settings)
+  cache, logits = prefill(config, params, prompts.tokens, prompts.length)
+  prefix, logits = cache_lib.as_prefix(cache), rep(logits)
   blocks = decoder.split_blocks(config, params)  # once, not in every step
   rows = valid.shape[0]
   cache = cache_lib.split(config, rows, width, prefix)
@@ -156,8 +166,8 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)
 
 
-def _assemble(prompts: Prompts, state: _State, settings: Settings, version: Array) -> types.Rollout:
-  """Joins prompts and responses into rows without a gap."""
+def assemble(prompts: Prompts, state, settings: Settings, version: Array) -> types.Rollout:
+  """Joins prompts and responses (tokens, logp, length, done of `state`) into rows without a gap."""
   group, (num, bucket) = settings.group_size, prompts.tokens.shape
   rows, width = state.tokens.shape
   total = bucket + width
@@ -200,4 +210,4 @@ def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Arra
   check_settings(settings)
   prompts = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)), prompts)
   state = _decode(config, params, prompts, key, settings)
-  return _assemble(prompts, state, settings, jnp.asarray(version, jnp.int32))
+  return assemble(prompts, state, settings, jnp.asarray(version, jnp.int32))

@@ -117,20 +117,21 @@ def prefix_masks(place: Place, x: Array, size: int, window: int = 0):
 def write(cache, new, start: Array, layer):
   """Writes new keys at start.. of each row: (this layer's full keys and values, the cache).
 
-  Without `layer` the cache is that of one layer, and all rows start at the same column. Arrays
-  [B, KV, T, K] into [(R,) B, KV, S, K].
+  Without `layer` the cache is that of one layer; rows that all start at the same column are written
+  as one slice. Arrays [B, KV, T, K] into [(R,) B, KV, S, K].
   """
-  if layer is None:
+  if layer is None and not start.ndim:
     held = jax.tree.map(
       lambda old, x: axes.constrain(
-        jax.lax.dynamic_update_slice(old, x, (0, 0, start, 0)), *KV_AXES[1:]), cache, new)
+        lax.dynamic_update_slice(old, x, (0, 0, start, 0)), *KV_AXES[1:]), cache, new)
     return held, held
 
   def put(old, x):
     rows = jnp.arange(x.shape[0])[:, None]
-    columns = start[:, None] + jnp.arange(x.shape[2])[None]
-    return axes.constrain(
-      old.at[layer, rows, :, columns].set(jnp.swapaxes(x, 1, 2), mode='drop'), *KV_AXES)
+    at = rows, slice(None), start[:, None] + jnp.arange(x.shape[2])[None]
+    at = at if layer is None else (layer, *at)
+    return axes.constrain(old.at[at].set(jnp.swapaxes(x, 1, 2), mode='drop'),
+                          *KV_AXES[-old.ndim:])
 
   held = jax.tree.map(put, cache, new)
-  return jax.tree.map(lambda x: x[layer], held), held
+  return (held if layer is None else jax.tree.map(lambda x: x[layer], held)), held

@@ -1,0 +1,111 @@
+"""Slots against the fixed batch: the same rows, whatever the shapes and the order of refills."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from decode_test import CONFIG, GROUP, prompts, settings
+
+from zppo_jax import models
+from zppo_jax.core import trees
+from zppo_jax.mesh import place
+from zppo_jax.models import params as params_lib
+from zppo_jax.models.config import Mla
+from zppo_jax.sampling import decode, engine
+
+MODELS = {
+  'full': CONFIG,
+  'sliding': dataclasses.replace(CONFIG, mixers=('sliding', 'full'), window=5),
+  'hybrid': dataclasses.replace(CONFIG, mixers=('gdn', 'full'), linear_heads=2,
+                                linear_value_heads=2, linear_key_dim=8, linear_value_dim=8),
+  'latent': dataclasses.replace(CONFIG, mixers=('mla',), mla=Mla(
+    rank=8, nope=8, rope=4, value=8))}
+BATCH = dict(rows=(0, 1, 2, 3, 1), valid=(True, True, True, False, True))
+
+
+def weights(name):
+  return models.init(MODELS[name], jax.random.key(0))
+
+
+def both(name, batch, shape, **changes):
+  """(rollout of the fixed batch, rollout through slots, Stats)."""
+  params, given = weights(name), dict(key=jax.random.key(0), settings=settings(**changes))
+  batch = dataclasses.replace(batch, request=np.arange(len(batch.length), dtype=np.uint32))
+  wanted = decode.generate(MODELS[name], params, batch, **given, version=3)
+  found, stats = engine.run(MODELS[name], params, batch, **given, version=3, engine=shape)
+  return wanted, found, stats
+
+
+def assert_same(found, wanted):
+  for name, x in trees.named_leaves(wanted).items():
+    y = trees.named_leaves(found)[name]
+    if name == 'behavior_logp':
+      np.testing.assert_allclose(y, x, atol=1e-5, err_msg=name)
+    else:
+      np.testing.assert_array_equal(y, x, err_msg=name)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_slots_give_the_rows_of_the_fixed_batch(name):
+  wanted, found, stats = both(name, prompts(**BATCH), engine.Engine(slots=4, steps=3, prefill=2))
+  assert_same(found, wanted)
+  assert stats.prefills == 2 and stats.tokens == int(np.asarray(wanted.traj_tokens).sum())
+  lengths = np.asarray(wanted.traj_tokens).reshape(-1, GROUP)
+  assert len(set(lengths[[0, 1, 2, 4]].reshape(-1))) > 3, 'all equally long: no refill is shown'
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (3, 16, 5), (16, 5, 1), (40, 100, 8)], ids=str)
+def test_shapes_of_the_programs_change_nothing(shape):
+  wanted, found, stats = both('full', prompts(**BATCH), engine.Engine(*shape))
+  assert_same(found, wanted)
+  assert 0 < stats.occupancy <= 1 and stats.decode_steps * shape[0] >= stats.tokens
+  if shape[0] == 1:
+    assert stats.occupancy == 1 and stats.decode_steps == stats.tokens
+
+
+def test_forced_prefixes_greedy_rows_and_filters():
+  forced = ((5, 6, 7), (), (8,), (9, 9), (4,))
+  batch = prompts(**BATCH, forced=forced)
+  for changes in (dict(), dict(temperature=0.0, group_size=1), dict(top_k=3, top_p=0.9)):
+    wanted, found, _ = both('full', batch, engine.Engine(slots=3, steps=2), **changes)
+    assert_same(found, wanted)
+
+
+def test_nothing_to_do_costs_nothing():
+  wanted, found, stats = both('full', prompts(rows=(0, 1), valid=(False, False)),
+                              engine.Engine(slots=2))
+  assert_same(found, wanted)
+  assert stats == engine.Stats(0, 0, 0, 0.0)
+
+
+def test_nothing_compiles_after_the_first_call():
+  def call(rows, seed):
+    batch = dataclasses.replace(prompts(rows), request=np.arange(len(rows), dtype=np.uint32))
+    engine.run(CONFIG, weights('full'), batch, key=jax.random.key(seed), settings=settings(),
+               engine=engine.Engine(slots=4, steps=3))
+
+  call((0, 1, 2, 3), 0)
+  programs = engine._prefill, engine._insert, engine._steps, engine._empty, engine._assemble
+  before = [p._cache_size() for p in programs]
+  call((3, 3, 1, 0), 1)
+  assert [p._cache_size() for p in programs] == before
+
+
+def test_eight_devices_draw_the_same():
+  mesh = place.make_mesh(dict(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+  params, batch = weights('full'), prompts(rows=(0, 1, 2, 3))
+  given = dict(key=jax.random.key(0), settings=settings(), engine=engine.Engine(8, 4, 4))
+  wanted, _ = engine.run(CONFIG, params, batch, **given)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(params, params_lib.shardings(params_lib.abstract(CONFIG), mesh))
+    found, _ = engine.run(CONFIG, placed, batch, **given)
+  assert_same(jax.tree.map(np.asarray, found), wanted)
+
+
+@pytest.mark.parametrize('name', ['slots', 'steps', 'prefill'])
+def test_shapes_are_at_least_one(name):
+  shape = dataclasses.replace(engine.Engine(2), **{name: 0})
+  with pytest.raises(ValueError, match=f'engine.{name} must be at least 1, got 0'):
+    engine.run(CONFIG, weights('full'), prompts(), key=jax.random.key(0), settings=settings(),
+               engine=shape)
