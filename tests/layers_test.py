@@ -125,7 +125,8 @@ def test_jax_experimental_stays_in_kernels_and_aot():
   found = [n for n, p in ALL.items() if any(t.startswith('jax.experimental') for t in imports(p))]
   # The worker runs in a virtualenv of its own, without this project.
   aot = {'zppo_jax.launch.aot', 'experiments.bench_kernels_tokamax'}
-  assert set(found) <= aot | {n for n in found if n.startswith('kernels')}
+  # How logical axes lie on a torus has no other interface.
+  assert set(found) <= aot | {'zppo_jax.mesh.place'} | {n for n in found if n.startswith('kernels')}
 
 
 def test_no_heavy_import_at_import_time():

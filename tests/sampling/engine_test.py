@@ -76,7 +76,7 @@ def test_nothing_to_do_costs_nothing():
   wanted, found, stats = both('full', prompts(rows=(0, 1), valid=(False, False)),
                               engine.Engine(slots=2))
   assert_same(found, wanted)
-  assert stats == engine.Stats(0, 0, 0, 0.0)
+  assert stats == engine.Stats(0, 0, 0, 0.0, 0.0)
 
 
 def test_nothing_compiles_after_the_first_call():

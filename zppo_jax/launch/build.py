@@ -166,7 +166,7 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
     group_size=method.group_size, prompt_tokens=r.prompt_tokens,
     reformulated_tokens=r.reformulated_tokens, seed=config.seed, teacher=teacher,
     teacher_questions=teacher_questions, write_prompt_tokens=r.write_prompt_tokens,
-    write_chunk=r.write_chunk, chunk_groups=r.chunk_groups,
+    write_chunk=r.write_chunk, chunk_groups=r.chunk_groups, slots=r.slots,
     allow_fractional=config.data.allow_fractional, mesh=mesh)
   eval_sampling = dataclasses.replace(sampling, temperature=e.temperature, top_k=e.top_k,
                                       top_p=e.top_p, min_p=e.min_p)

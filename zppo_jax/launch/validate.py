@@ -27,6 +27,7 @@ RANGES = {  # dotted field -> (low, low is excluded)
   'rollout.reformulated_tokens': (1, False), 'rollout.max_new_tokens': (1, False),
   'rollout.temperature': (0, True), 'rollout.write_prompt_tokens': (0, False),
   'rollout.write_chunk': (1, False), 'rollout.chunk_groups': (0, False),
+  'rollout.slots': (0, False),
   'optim.learning_rate': (0, False),
   'optim.critic_learning_rate': (0, False), 'optim.warmup_steps': (0, False),
   'optim.decay_steps': (0, False), 'optim.weight_decay': (0, False), 'optim.eps': (0, True),
@@ -114,6 +115,9 @@ def _sharding(config: Any, method: Any, model: Any, num_devices: int) -> list[Pr
   except ValueError as error:
     return [Problem('mesh', str(error).removeprefix('mesh: '))]
   found = [] if model is None else _axes(model, shape)
+  if config.rollout.slots:
+    found += check_divisible('rollout.slots', config.rollout.slots, shape['data'] * shape['fsdp'],
+                             by='data shards')
   if method is None:
     return found
   built = build.build_method(config)

@@ -43,7 +43,8 @@ class Stats:
   decode_steps: int
   prefills: int  # calls of the prefill program
   tokens: int  # sampled or forced, stop tokens included
-  occupancy: float  # share of the slots that decoded a token, over all steps
+  occupancy: float  # share of the slots that decoded a token, over the steps
+  waiting: float  # the same over the steps during which samples waited for a slot
 
 
 @types.record
@@ -222,7 +223,7 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: Ar
   slots = _empty(config, key, engine=engine, settings=settings, bucket=prompts.tokens.shape[1],
                  forced=prompts.forced.shape[1])
   held: list[_Job | None] = [None] * engine.slots
-  taken, decoded = 0, 0
+  taken, decoded = np.zeros(2, int), np.zeros(2, int)  # while samples waited, and afterwards
   while queue or any(held):
     free = [i for i, job in enumerate(held) if job is None]
     while free and queue:
@@ -234,10 +235,14 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: Ar
     slots, steps, count = _steps(config, blocks, slots, engine=engine, settings=settings)
     found = hosts.fetch((slots.active, slots.tokens, slots.logp, slots.length, slots.done, steps,
                          count))
-    taken, decoded = taken + int(found[5]), decoded + int(found[6])
+    at = 0 if queue else 1
+    taken[at] += found[5]
+    decoded[at] += found[6]
     for i, job in enumerate(held):
       if job is not None and not found[0][i]:
         tokens[job.row], logp[job.row], length[job.row], done[job.row] = (x[i] for x in found[1:5])
         held[i] = None
   rollout = _assemble(prompts, _Responses(tokens, logp, length, done), settings, np.int32(version))
-  return rollout, Stats(taken, queue.prefills, decoded, decoded / max(1, taken * engine.slots))
+  share = lambda part, steps: float(part / max(1, steps * engine.slots))
+  return rollout, Stats(int(taken.sum()), queue.prefills, int(decoded.sum()),
+                        share(decoded.sum(), taken.sum()), share(decoded[0], taken[0]))

@@ -20,7 +20,7 @@ from zppo_jax.mesh import hosts, place
 from zppo_jax.methods import api
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.rewards import grade as grade_lib
-from zppo_jax.sampling import decode
+from zppo_jax.sampling import decode, engine
 
 Timer = Any  # timer(phase) is a context manager that adds up seconds
 
@@ -78,6 +78,7 @@ class Setup:
   teacher_questions: Questions | None = None  # of a teacher with another tokenizer
   write_prompt_tokens: int = 0  # bucket of instructions to the teacher
   write_chunk: int = 64  # instructions per teacher call
+  slots: int = 0  # rows in flight of the sampler, refilled as they end; 0 = all of a call
   chunk_groups: int = 0  # most groups per call of the sampler, bounding its cache; 0 = all
   allow_fractional: bool = False
   mesh: Any = None
@@ -214,19 +215,28 @@ class StepContext:
     name = 'teacher' if role == types.TEACHER else 'policy'
     if self._questions(role) is not setup.questions:
       settings = dataclasses.replace(settings, eos_ids=(self._questions(role).stop_id,))
+    with self._timer(f'rollout_{name}'):
+      sample = self._by_slots if setup.slots else self._by_batches
+      rollout = sample(config, params, prompts, self.key('rollout', name), settings)
+      return jax.block_until_ready(dataclasses.replace(
+        rollout, role_id=jnp.full_like(rollout.role_id, role)))
+
+  def _by_slots(self, config, params, prompts: decode.Prompts, key, settings) -> types.Rollout:
+    rollout, stats = engine.run(config, params, prompts, key=key, settings=settings,
+                                version=self._version, engine=engine.Engine(self._setup.slots))
+    self.count('rollout/occupancy', stats.occupancy, 1)
+    return rollout
+
+  def _by_batches(self, config, params, prompts: decode.Prompts, key, settings) -> types.Rollout:
+    setup = self._setup
     if setup.mesh is not None:
       prompts = jax.device_put(prompts, place.replicated(setup.mesh))
     slots = prompts.valid.shape[0]
     chunk = decode.call_slots(slots, setup.chunk_groups)
-    with self._timer(f'rollout_{name}'):
-      pieces = [jax.tree.map(lambda x, i=i: x[i:i + chunk], prompts)
-                for i in range(0, slots, chunk)]
-      parts = [decode.generate(config, params, p, key=self.key('rollout', name),
-                               settings=settings, version=self._version) for p in pieces]
-      rollout = parts[0] if len(parts) == 1 else trees.concat(parts)
-      rollout = jax.block_until_ready(dataclasses.replace(
-        rollout, role_id=jnp.full_like(rollout.role_id, role)))
-    return rollout
+    pieces = [jax.tree.map(lambda x, i=i: x[i:i + chunk], prompts) for i in range(0, slots, chunk)]
+    parts = [decode.generate(config, params, p, key=key, settings=settings, version=self._version)
+             for p in pieces]
+    return parts[0] if len(parts) == 1 else trees.concat(parts)
 
   def _given(self, groups, *, capacity: int, first_id: int, bucket: int) -> types.Rollout:
     """Rows of given responses, closed by the stop token; nothing is sampled."""
