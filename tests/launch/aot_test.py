@@ -43,7 +43,7 @@ def check(done, *programs, topology='v5p:4x4x4'):
   assert lines[0].startswith(f'{topology}: ')
   assert [line.split()[0] for line in lines[1:]] == list(programs)
   for line in lines[1:]:
-    assert re.search(r'\(params .* GiB per chip: fits; .* flops, at least .* s \(MFU at most', line)
+    assert re.search(r'\(params .* GiB per device: fits; .* flops, at least .* s \(MFU at', line)
 
 
 @pytest.mark.aot

@@ -306,3 +306,33 @@ def test_version_and_padding_are_written_per_token(params):
 def test_bad_settings_are_named(changes, part):
   with pytest.raises(ValueError, match=part):
     decode.check_settings(settings(**changes))
+
+
+def test_penalties_against_a_loop_that_counts(params):
+  """Greedy rows, one forward of the whole row per token, logits changed by hand."""
+  penalties = dict(presence=0.6, frequency=0.3, repetition=1.4)
+  found = jax.tree.map(np.asarray, draw(params, prompts(), group_size=1, temperature=0.0,
+                                        **penalties))
+  plain = jax.tree.map(np.asarray, draw(params, prompts(), group_size=1, temperature=0.0))
+  assert (found.tokens != plain.tokens).any()
+  batch = prompts()
+  for row, length in enumerate(batch.length):
+    ids, response = batch.tokens[row, :length].tolist(), []
+    while len(response) < NEW and (not response or response[-1] != EOS):
+      z = np.array(decoder.forward(CONFIG, params, np.asarray([ids + response])).logits[0, -1])
+      for token in set(ids + response):
+        z[token] = z[token] / 1.4 if z[token] > 0 else z[token] * 1.4
+      for token in set(response):
+        z[token] -= 0.3 * response.count(token) + 0.6
+      response.append(int(z.argmax()))
+    assert found.tokens[row][found.turn_id[row] > 0].tolist() == response
+  shaped = np.log(np.exp(z - z.max()) / np.exp(z - z.max()).sum())
+  last = found.behavior_logp[row][found.loss_mask[row]][-1]
+  np.testing.assert_allclose(last, shaped[response[-1]], atol=1e-5)
+
+
+@pytest.mark.parametrize('changes', [dict(repetition=0.0), dict(presence=float('nan')),
+                                     dict(frequency=float('inf'))])
+def test_penalties_out_of_range_are_refused(params, changes):
+  with pytest.raises(ValueError, match=f'{next(iter(changes))} must be'):
+    draw(params, prompts(), **changes)

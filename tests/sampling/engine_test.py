@@ -8,11 +8,11 @@ import pytest
 from decode_test import CONFIG, GROUP, prompts, settings
 
 from zppo_jax import models
-from zppo_jax.core import trees
+from zppo_jax.core import trees, types
 from zppo_jax.mesh import place
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import Mla
-from zppo_jax.sampling import decode, engine
+from zppo_jax.sampling import decode, engine, stops
 
 MODELS = {
   'full': CONFIG,
@@ -67,7 +67,8 @@ def test_shapes_of_the_programs_change_nothing(shape):
 def test_forced_prefixes_greedy_rows_and_filters():
   forced = ((5, 6, 7), (), (8,), (9, 9), (4,))
   batch = prompts(**BATCH, forced=forced)
-  for changes in (dict(), dict(temperature=0.0, group_size=1), dict(top_k=3, top_p=0.9)):
+  for changes in (dict(), dict(temperature=0.0, group_size=1), dict(top_k=3, top_p=0.9),
+                  dict(presence=0.7, frequency=0.4, repetition=1.5)):
     wanted, found, _ = both('full', batch, engine.Engine(slots=3, steps=2), **changes)
     assert_same(found, wanted)
 
@@ -109,3 +110,41 @@ def test_shapes_are_at_least_one(name):
   with pytest.raises(ValueError, match=f'engine.{name} must be at least 1, got 0'):
     engine.run(CONFIG, weights('full'), prompts(), key=jax.random.key(0), settings=settings(),
                engine=shape)
+
+
+def text_of(tokens):
+  """A token is a letter, or a piece of two."""
+  return ''.join('abcdefghijklmnopq'[t - 4] if t < 20 else 'xy' for t in tokens if t > 3)
+
+
+@pytest.mark.parametrize('steps', [1, 3, 50])
+def test_stop_strings_cut_rows_wherever_the_host_looks(steps):
+  """Against a slow reference: decode everything, and cut at the first prefix that holds one."""
+  batch, strings = prompts(**BATCH), ('l', 'ed', 'nx')
+  given = dict(key=jax.random.key(0), settings=settings())
+  whole = jax.tree.map(np.asarray, decode.generate(CONFIG, weights('full'), batch, **given))
+  found, stats = engine.run(
+    CONFIG, weights('full'), batch, **given, engine=engine.Engine(slots=4, steps=steps),
+    stop=stops.stop_strings(strings, text_of))
+  found, cuts = jax.tree.map(np.asarray, found), 0
+  for row, valid in enumerate(whole.valid):
+    response = whole.tokens[row][whole.turn_id[row] > 0].tolist()
+    size = next((n for n in range(1, len(response) + 1)
+                 if any(s in text_of(response[:n]) for s in strings)), None)
+    cuts += size is not None
+    assert found.tokens[row][found.turn_id[row] > 0].tolist() == response[:size]
+    if valid and size is not None:
+      assert found.status[row] == types.FINISHED
+      assert found.traj_tokens[row] == size
+  assert cuts > 3 and stats.tokens < whole.traj_tokens.sum() or steps == 50
+
+
+def test_stop_strings_across_borders_and_far_apart():
+  stop = stops.stop_strings(['xyz', 'END'], lambda ids: ''.join(map(chr, ids)))
+  row = [ord(c) for c in 'some text, xy and then xyz, END']
+  assert stop(row, 0) == len('some text, xy and then xyz')
+  assert stop(row[:25], 0) is None and stop(row, 25) == 26
+  assert stops.cut('a xyz END', ['END', 'xyz']) == 'a ' and stops.cut('a', ['b']) == 'a'
+  for bad in ([], ['a', '']):
+    with pytest.raises(ValueError, match='not empty'):
+      stops.stop_strings(bad, str)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ GREEDY_BELOW = 1e-5  # temperatures under this take the argmax
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How to sample; static under jit. `top_k=0, top_p=1, min_p=0` switch the filters off."""
+  """How to sample; static under jit. `top_k=0, top_p=1, min_p=0` switch the filters off,
+  `presence=0, frequency=0, repetition=1` the penalties."""
 
   max_new_tokens: int
   eos_ids: tuple[int, ...]
@@ -37,6 +39,13 @@ class Settings:
   top_k: int = 0
   top_p: float = 1.0
   min_p: float = 0.0
+  presence: float = 0.0  # taken from the logits of tokens that the response holds
+  frequency: float = 0.0  # the same, times how often
+  repetition: float = 1.0  # divides the logits of tokens that the prompt or the response holds
+
+  @property
+  def penalises(self) -> bool:
+    return (self.presence, self.frequency, self.repetition) != (0.0, 0.0, 1.0)
 
 
 def check_settings(s: Settings) -> None:
@@ -47,6 +56,9 @@ def check_settings(s: Settings) -> None:
             ('top_k', s.top_k >= 0, 'at least 0'),
             ('top_p', 0 < s.top_p <= 1, 'in (0, 1]'),
             ('min_p', 0 <= s.min_p < 1, 'in [0, 1)'),
+            ('presence', math.isfinite(s.presence), 'finite'),
+            ('frequency', math.isfinite(s.frequency), 'finite'),
+            ('repetition', 0 < s.repetition < math.inf, 'above 0 and finite'),
             ('eos_ids', len(s.eos_ids) > 0, 'not empty'))
   for name, fine, bound in bounds:
     if not fine:
@@ -76,6 +88,25 @@ class Prompts:
 
 
 @types.record
+class Seen:
+  """Tokens that a row holds, for the penalties."""
+
+  counts: Array  # i32[N, V], of the response
+  prompt: Array  # bool[N, V]
+
+  def add(self, token: Array, live: Array) -> Seen:
+    rows = jnp.arange(len(token))
+    return Seen(self.counts.at[rows, token].add(live.astype(jnp.int32)), self.prompt)
+
+
+def seen_prompts(config: ModelConfig, tokens: Array, length: Array) -> Array:
+  """bool[P, V] of prompts i32[P, L]."""
+  rows = jnp.arange(tokens.shape[0])[:, None]
+  inside = jnp.arange(tokens.shape[1])[None] < length[:, None]
+  return jnp.zeros((tokens.shape[0], config.vocab), bool).at[rows, tokens].max(inside)
+
+
+@types.record
 class _State:
   cache: cache_lib.Cache
   logits: Array  # f32[N, V], of the next token
@@ -84,6 +115,7 @@ class _State:
   done: Array  # bool[N]
   length: Array  # i32[N], response tokens so far
   step: Array  # i32[]
+  seen: Seen | None  # where the settings penalise
 
 
 def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
@@ -104,8 +136,12 @@ def _first_max(x: Array) -> Array:
   return jnp.min(best, axis=-1)
 
 
-def choose(logits: Array, row_keys: Array, step: Array, settings: Settings):
+def choose(logits: Array, row_keys: Array, step: Array, settings: Settings,
+           seen: Seen | None = None):
   """Next token i32[N] and its log-prob under the distribution it was drawn from; step i32[N]."""
+  if seen is not None:
+    logits = rules.penalise(logits, seen.counts, seen.prompt, presence=settings.presence,
+                            frequency=settings.frequency, repetition=settings.repetition)
   if settings.temperature < GREEDY_BELOW:
     shaped, token = logits, _first_max(logits)
   else:
@@ -145,7 +181,8 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
 
   def body(state: _State) -> _State:
     step = jnp.broadcast_to(state.step, valid.shape)
-    token, logp = force(*choose(state.logits, keys, step, settings), forced, forced_length, step)
+    token, logp = force(*choose(state.logits, keys, step, settings, state.seen), forced,
+                        forced_length, step)
     live = ~state.done
     tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
     logps = state.logp.at[:, state.step].set(jnp.where(live, logp, 0.0))
@@ -153,7 +190,8 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
     out = decoder.forward(config, blocks, token[:, None], cache=state.cache, prefix=prefix,
                           want='hidden')
     logits = decoder.unembed(config, params, out.hidden[:, 0])
-    return _State(out.cache, logits, tokens, logps, done, state.length + live, state.step + 1)
+    seen = None if state.seen is None else state.seen.add(token, live)
+    return _State(out.cache, logits, tokens, logps, done, state.length + live, state.step + 1, seen)
 
   cache, logits = prefill(config, params, prompts.tokens, prompts.length)
   prefix, logits = cache_lib.as_prefix(cache), rep(logits)
@@ -161,8 +199,12 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   rows = valid.shape[0]
   cache = cache_lib.split(config, rows, width, prefix)
   prefix = cache_lib.split_prefix(config, prefix)
+  seen = None
+  if settings.penalises:
+    seen = Seen(jnp.zeros((rows, config.vocab), jnp.int32),
+                rep(seen_prompts(config, prompts.tokens, prompts.length)))
   state = _State(cache, logits, jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width)),
-                 ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0))
+                 ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0), seen)
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from zppo_jax.models.params import Params
 from zppo_jax.sampling import decode
 
 Array = jax.Array
+Stop = Callable[[Sequence[int], int], int | None]  # as `stops.stop_strings` makes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Slots:
   keys: Array  # key[B]
   forced: Array  # i32[B, F]
   forced_length: Array  # i32[B]
+  seen: decode.Seen | None  # where the settings penalise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,24 +97,27 @@ def _empty(config: ModelConfig, key: Array, *, engine: Engine, settings: decode.
     cache=dataclasses.replace(cache, length=zeros), logits=jnp.zeros((rows, config.vocab)),
     tokens=jnp.zeros((rows, width), jnp.int32), logp=jnp.zeros((rows, width)), length=zeros,
     active=zeros > 0, done=zeros > 0, keys=decode.row_keys(key, zeros, zeros),
-    forced=jnp.zeros((rows, forced), jnp.int32), forced_length=zeros)
+    forced=jnp.zeros((rows, forced), jnp.int32), forced_length=zeros,
+    seen=None if not settings.penalises else decode.Seen(
+      jnp.zeros((rows, config.vocab), jnp.int32), jnp.zeros((rows, config.vocab), bool)))
 
 
 @functools.partial(jax.jit, static_argnames=('config',))
 def _prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
-  """(cache by layer, logits) of prompts i32[P, L]."""
+  """(cache by layer, logits, tokens that it holds) of prompts i32[P, L]."""
   cache, logits = decode.prefill(config, params, axes.constrain(tokens, 'batch', None), length)
-  return cache_lib.unstack(config, cache.layers), logits
+  held = decode.seen_prompts(config, tokens, length)
+  return cache_lib.unstack(config, cache.layers), logits, held
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _insert(slots: Slots, key: Array, prefix, target: Array, source: Array, row) -> Slots:
   """Sample i of a prefill enters slot target[i] (B or more: nobody does) from prompt source[i].
 
-  `prefix` = (layers, logits) of the prefill; `row` = (length, request, sample, forced,
+  `prefix` = (layers, logits, seen) of the prefill; `row` = (length, request, sample, forced,
   forced_length) of each sample.
   """
-  layers, logits = prefix
+  layers, logits, prompt = prefix
   length, request, sample, forced, forced_length = row
 
   def put(old, new):
@@ -125,14 +131,18 @@ def _insert(slots: Slots, key: Array, prefix, target: Array, source: Array, row)
 
   cache = cache_lib.Cache(jax.tree.map(rows, slots.cache.layers, layers),
                           put(slots.cache.length, length), split=True)
-  zero = jnp.zeros_like(length)
+  zero, seen = jnp.zeros_like(length), slots.seen
+  if seen is not None:
+    blank = jnp.zeros((len(length), prompt.shape[1]), jnp.int32)
+    seen = decode.Seen(put(seen.counts, blank), put(seen.prompt, prompt[source]))
   return Slots(
     cache=cache, logits=put(slots.logits, logits[source]),
     tokens=put(slots.tokens, jnp.zeros((len(length), slots.tokens.shape[1]), jnp.int32)),
     logp=put(slots.logp, jnp.zeros((len(length), slots.logp.shape[1]))),
     length=put(slots.length, zero), active=put(slots.active, zero == 0),
     done=put(slots.done, zero > 0), keys=put(slots.keys, decode.row_keys(key, request, sample)),
-    forced=put(slots.forced, forced), forced_length=put(slots.forced_length, forced_length))
+    forced=put(slots.forced, forced), forced_length=put(slots.forced_length, forced_length),
+    seen=seen)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'engine', 'settings'), donate_argnums=2)
@@ -145,7 +155,7 @@ def _steps(config: ModelConfig, params: Params, slots: Slots, *, engine: Engine,
 
   def body(carry):
     s, taken, count = carry
-    token, logp = decode.choose(s.logits, s.keys, s.length, settings)
+    token, logp = decode.choose(s.logits, s.keys, s.length, settings, s.seen)
     token, logp = decode.force(token, logp, s.forced, s.forced_length, s.length)
     here = (column == s.length[:, None]) & s.active[:, None]
     stopped = s.active & jnp.any(token[:, None] == eos, axis=1)
@@ -156,13 +166,20 @@ def _steps(config: ModelConfig, params: Params, slots: Slots, *, engine: Engine,
       cache=out.cache, logits=decoder.unembed(config, params, out.hidden[:, 0]),
       tokens=jnp.where(here, token[:, None], s.tokens), logp=jnp.where(here, logp[:, None], s.logp),
       length=length, active=s.active & ~stopped & (length < width), done=s.done | stopped,
-      keys=s.keys, forced=s.forced, forced_length=s.forced_length), taken + 1, count + jnp.sum(
+      keys=s.keys, forced=s.forced, forced_length=s.forced_length,
+      seen=None if s.seen is None else s.seen.add(token, s.active)), taken + 1, count + jnp.sum(
         s.active, dtype=jnp.int32)
 
   def go_on(carry):
     return (carry[1] < engine.steps) & jnp.any(carry[0].active)
 
   return jax.lax.while_loop(go_on, body, (slots, jnp.int32(0), jnp.int32(0)))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _release(slots: Slots, stay: Array) -> Slots:
+  """Slots outside `stay` decode no more."""
+  return dataclasses.replace(slots, active=slots.active & stay)
 
 
 _split_blocks = jax.jit(decoder.split_blocks, static_argnums=0)
@@ -207,10 +224,31 @@ def _row(prompts: decode.Prompts, jobs: list[_Job], free: list[int], group: int,
   return target, source, row
 
 
+def _ended(held, found, seen: np.ndarray, stop: Stop | None) -> dict[int, tuple[int, bool]]:
+  """{slot: (tokens, by a stop)} of the rows that are over."""
+  active, tokens, _, length, done = found[:5]
+  over = {}
+  for i, job in enumerate(held):
+    if job is None:
+      continue
+    size = int(length[i])
+    at = None if stop is None else stop(tokens[i, :size].tolist(), int(seen[job.row]))
+    seen[job.row] = size
+    if at is not None:
+      over[i] = at, True
+    elif not active[i]:
+      over[i] = size, bool(done[i])
+  return over
+
+
 def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: Array,
-        settings: decode.Settings, engine: Engine, version: int = 0
+        settings: decode.Settings, engine: Engine, version: int = 0, stop: Stop | None = None
         ) -> tuple[types.Rollout, Stats]:
-  """`decode.generate` through slots: (the same rollout, what it took). `prompts` on the host."""
+  """`decode.generate` through slots: (the same rollout, what it took). `prompts` on the host.
+
+  `stop`(tokens, begin) looks at every row between the calls of the decode program: a row ends
+  behind as many tokens as it says, as if by a stop token.
+  """
   _check(engine)
   decode.check_settings(settings)
   prompts = jax.tree.map(np.asarray, hosts.fetch(prompts))
@@ -223,6 +261,7 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: Ar
   slots = _empty(config, key, engine=engine, settings=settings, bucket=prompts.tokens.shape[1],
                  forced=prompts.forced.shape[1])
   held: list[_Job | None] = [None] * engine.slots
+  seen = np.zeros(rows, int)  # tokens of each row that were looked at
   taken, decoded = np.zeros(2, int), np.zeros(2, int)  # while samples waited, and afterwards
   while queue or any(held):
     free = [i for i, job in enumerate(held) if job is None]
@@ -238,10 +277,13 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: Ar
     at = 0 if queue else 1
     taken[at] += found[5]
     decoded[at] += found[6]
-    for i, job in enumerate(held):
-      if job is not None and not found[0][i]:
-        tokens[job.row], logp[job.row], length[job.row], done[job.row] = (x[i] for x in found[1:5])
-        held[i] = None
+    ended = _ended(held, found, seen, stop)
+    for i, (size, stopped) in ended.items():
+      row = held[i].row
+      tokens[row, :size], logp[row, :size] = found[1][i, :size], found[2][i, :size]
+      length[row], done[row], held[i] = size, stopped, None
+    if stop is not None and any(found[0][i] for i in ended):
+      slots = _release(slots, np.asarray([job is not None for job in held]))
   rollout = _assemble(prompts, _Responses(tokens, logp, length, done), settings, np.int32(version))
   share = lambda part, steps: float(part / max(1, steps * engine.slots))
   return rollout, Stats(int(taken.sum()), queue.prefills, int(decoded.sum()),

@@ -1,4 +1,4 @@
-"""Logit rules: pure maps of logits f32[N, V] applied before sampling, in the order of `apply`.
+"""Logit rules: pure maps of logits f32[N, V] applied before sampling: penalties, then `apply`.
 
 Top-k keeps values >= the k-th largest; top-p keeps the tokens whose strictly better ones hold less
 than p (the best token always stays); min-p keeps p_i >= min_p * max p. A rule that is off is the
@@ -37,6 +37,18 @@ def min_p(logits: Array, p: float) -> Array:
     return logits
   floor = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(p)
   return jnp.where(logits >= floor, logits, DROPPED)
+
+
+def penalise(logits: Array, counts: Array, prompt: Array, *, presence: float, frequency: float,
+             repetition: float) -> Array:
+  """Discourages tokens that the row holds already; 0, 0 and 1 change nothing.
+
+  z / repetition for z > 0, else z * repetition, for tokens of the prompt (bool[N, V]) or response
+  (counts i32[N, V]), then z - frequency * count - presence * [count > 0].
+  """
+  turned = jnp.where(logits > 0, logits / repetition, logits * repetition)
+  logits = jnp.where((counts > 0) | prompt, turned, logits)
+  return logits - frequency * counts - presence * (counts > 0)
 
 
 def apply(logits: Array, *, temperature: float, k: int, p: float, floor: float) -> Array:
