@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zppo_jax.core import types
+from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import axes, hosts
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import decoder
@@ -85,6 +86,8 @@ def _check(engine: Engine) -> None:
   for name in ('slots', 'steps', 'prefill'):
     if getattr(engine, name) < 1:
       raise ValueError(f'engine.{name} must be at least 1, got {getattr(engine, name)}')
+  if jax.process_count() > 1:
+    raise UserError(f'slots: one process is needed so far, the run has {jax.process_count()}')
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'engine', 'settings', 'bucket', 'forced'))
