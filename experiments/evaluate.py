@@ -40,8 +40,7 @@ def evaluate(config: Any, folder: str, ks: Sequence[int], *, resume: str = 'auto
   if not config.init.checkpoint:
     raise UserError('init.checkpoint: the weights to evaluate must be given, got none')
   validate.validate(config, num_devices=len(jax.devices()))
-  place = hosts.on_first(
-    lambda: dataclasses.asdict(workdir.prepare(folder, config, resume, cleanup)))['path']
+  place = workdir.prepare(folder, config, resume, cleanup).path
   with Grader(deadline_s=config.data.deadline_secs) as grader:
     run = build.build(config, place, grader=grader)
     given = run.eval_settings
@@ -58,6 +57,8 @@ def evaluate(config: Any, folder: str, ks: Sequence[int], *, resume: str = 'auto
 
 
 def main(launch: app.Launch) -> None:
+  from zppo_jax.evals import samples
+
   try:
     ks = [int(k) for k in flags.FLAGS.k]
   except ValueError as error:
@@ -66,7 +67,7 @@ def main(launch: app.Launch) -> None:
   for name, row in found.items():
     print(f'{name:10s} {row["mean"]:.4f} +- {row["error"]:.4f}  '
           f'[{row["low"]:.4f}, {row["high"]:.4f}]')
-  print(os.path.join(launch.workdir, 'samples.jsonl'))
+  print(os.path.join(launch.workdir, samples.FILE))
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ A second call with the same config resumes from the newest checkpoint, or says t
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from typing import Any
@@ -27,8 +26,7 @@ def train(config: Any, folder: str, *, resume: str = 'auto', cleanup: bool = Fal
   from zppo_jax.train import loop
 
   validate.validate(config, num_devices=len(jax.devices()))
-  place = workdir.Workdir(**hosts.on_first(
-    lambda: dataclasses.asdict(workdir.prepare(folder, config, resume, cleanup))))
+  place = workdir.prepare(folder, config, resume, cleanup)
   if place.done:
     if hosts.is_first():
       print(f'{folder}: done, nothing left to do')

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from zppo_jax.core.errors import UserError
+from zppo_jax.launch.flags import flag_value
 
 MAX_NAME = 40  # of xpk workloads and GKE clusters; TPU VMs allow more
 
@@ -32,21 +33,13 @@ def count(argument: str, value: int) -> int:
   return value
 
 
-def flag(args: Sequence[str], wanted: str) -> str | None:
-  """The last value of `--wanted=value` or `--wanted value`, or None."""
-  found = None
-  for i, arg in enumerate(args):
-    if match := re.fullmatch(f'--?{wanted}(=(.*))?', arg, re.DOTALL):
-      found = match[2] if match[1] else next(iter(args[i + 1:]), None)
-  return found
-
-
 def experiment(args: Sequence[str], *, shared: bool) -> tuple[str, ...]:
   """Arguments of experiments.train; with `shared`, a workdir that every host and restart sees."""
-  missing = [f'--{wanted}' for wanted in ('config', 'workdir') if not flag(args, wanted)]
+  given = {wanted: flag_value(['', *args], wanted) for wanted in ('config', 'workdir')}
+  missing = [f'--{wanted}' for wanted, value in given.items() if not value]
   if missing:
     raise UserError(f'arguments of the experiment: {", ".join(missing)} missing; they follow --')
-  workdir = flag(args, 'workdir')
+  workdir = given['workdir']
   if '://' in workdir or shared and not workdir.startswith('/'):
     raise UserError('workdir must be the absolute path of a folder that all hosts mount (a bucket '
                     f'too), as a host and its disk may be replaced; got {workdir!r}')

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from experiments.launch import checks, shell
 from zppo_jax.core.errors import UserError
 from zppo_jax.launch.app import PREEMPTED
+from zppo_jax.launch.flags import flag_value
 
 MODULE = 'experiments.train'
 MAX_RESTARTS = 50
@@ -28,7 +29,7 @@ def tpu_vm(name: str, args: Sequence[str], *, accelerator: str, zone: str, proje
            image: str = '', spot: bool = True, queued: bool = True) -> str:
   """One slice of Cloud TPU VMs; `image` is its software version, by default that of its type."""
   args = checks.experiment(args, shared=True)
-  checks.copied(checks.flag(args, 'config'), SOURCES)
+  checks.copied(flag_value(['', *args], 'config'), SOURCES)
   checks.name('name', name)
   zone = (f'--zone={checks.name("zone", zone)}', *shell.optional('project', project))
   kind = (f'--accelerator-type={accelerator}',)

@@ -27,10 +27,7 @@ def attention(query: Array, key: Array, value: Array, *, segment_ids: Array, sca
   `interpret` runs the kernel as XLA operations, by default False: then only a TPU can run it.
   Raises NotImplementedError where it cannot run.
   """
-  if interpret is None and dispatch.platform() != 'tpu':
-    raise NotImplementedError(f'a TPU is needed, the platform is {dispatch.platform()}')
-  if query.dtype not in (jnp.float32, jnp.bfloat16):
-    raise NotImplementedError(f'dtype {query.dtype} is not one of float32, bfloat16')
+  interpret = dispatch.require('tpu', interpret, query.dtype)
   time, heads, width = query.shape[1], query.shape[2], value.shape[3]
   block = BLOCK if time > BLOCK else _up(time, LANES)
   padded = _up(time, block)
@@ -38,7 +35,7 @@ def attention(query: Array, key: Array, value: Array, *, segment_ids: Array, sca
     (padded, padded))
   run = kernels.make_splash_mha(
     mask=masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=1,
-    attn_logits_soft_cap=cap, interpret=bool(interpret), block_sizes=kernels.BlockSizes(
+    attn_logits_soft_cap=cap, interpret=interpret, block_sizes=kernels.BlockSizes(
       block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
       block_q_dq=block, block_kv_dq=block))
 

@@ -21,13 +21,11 @@ def attention(query: Array, key: Array, value: Array, *, segment_ids: Array, sca
   `interpret` runs the kernel as XLA operations, by default False: then only a GPU can run it.
   Raises NotImplementedError where it cannot run.
   """
-  if interpret is None and dispatch.platform() != 'gpu':
-    raise NotImplementedError(f'a GPU is needed, the platform is {dispatch.platform()}')
+  interpret = dispatch.require('gpu', interpret, query.dtype)
   if window or cap is not None:
     raise NotImplementedError(f'no window and no soft cap, got window={window}, cap={cap}')
-  if query.dtype not in (jnp.float32, jnp.bfloat16) or query.shape[3] != value.shape[3]:
-    raise NotImplementedError(f'dtype {query.dtype}, K={query.shape[3]}, V={value.shape[3]}: '
-                              'float32 or bfloat16 and K = V are needed')
+  if query.shape[3] != value.shape[3]:
+    raise NotImplementedError(f'K={query.shape[3]}, V={value.shape[3]}: K = V is needed')
   time = query.shape[1]
   padded = math.ceil(time / BLOCK) * BLOCK
   repeats = query.shape[2] // key.shape[2]
@@ -36,5 +34,5 @@ def attention(query: Array, key: Array, value: Array, *, segment_ids: Array, sca
     query, jnp.repeat(key, repeats, axis=2), jnp.repeat(value, repeats, axis=2)))
   sizes = kernels.BlockSizes(*[BLOCK] * 6)
   out = kernels.mha(query, key, value, jnp.pad(segment_ids, wide[:2]), sm_scale=scale, causal=True,
-                    block_sizes=sizes, interpret=bool(interpret))
+                    block_sizes=sizes, interpret=interpret)
   return out[:, :time]

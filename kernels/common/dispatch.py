@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 
 
 def platform() -> str:
@@ -14,6 +15,18 @@ def platform() -> str:
     kind = device.device_kind.lower()
     return 'tpu' if 'tpu' in kind else 'gpu' if 'nvidia' in kind else 'cpu'
   return jax.default_backend()
+
+
+def require(target: str, interpret: bool | None, dtype) -> bool:
+  """Whether a Pallas kernel for `target` runs as XLA operations: `interpret`, or False if None.
+
+  Raises NotImplementedError on another platform, or for a dtype that such kernels do not have.
+  """
+  if interpret is None and platform() != target:
+    raise NotImplementedError(f'a {target.upper()} is needed, the platform is {platform()}')
+  if dtype not in (jnp.float32, jnp.bfloat16):
+    raise NotImplementedError(f'dtype {dtype} is not one of float32, bfloat16')
+  return bool(interpret)
 
 
 def run(op: str, table: Mapping[str, Callable], choice: str | Sequence[str] | None,

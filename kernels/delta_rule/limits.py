@@ -29,15 +29,8 @@ def default_passes(dtype) -> Passes:
 
 
 def check(platform: str, interpret: bool | None, q: jax.Array, value: jax.Array) -> bool:
-  """Whether to run as XLA operations: `interpret`, or False where it is None.
-
-  Raises NotImplementedError where the kernels cannot run.
-  """
-  if interpret is None and dispatch.platform() != platform:
-    raise NotImplementedError(f'a {platform.upper()} is needed, the platform is '
-                              f'{dispatch.platform()}')
-  if q.dtype not in (jnp.float32, jnp.bfloat16):
-    raise NotImplementedError(f'dtype {q.dtype} is not one of float32, bfloat16')
+  """`dispatch.require`, and sizes that the kernels have."""
+  interpret = dispatch.require(platform, interpret, q.dtype)
   if max(q.shape[3], value.shape[3]) > LARGEST:
     raise NotImplementedError(f'K={q.shape[3]}, V={value.shape[3]}: at most {LARGEST}')
-  return bool(interpret)
+  return interpret

@@ -76,7 +76,7 @@ def flags_parser(argv: Sequence[str]) -> list[str]:
 
 def check_config(argv: Sequence[str]) -> None:
   """Loads the config that `argv` names, if any, and looks up every overridden field."""
-  value = _flag_value(argv, 'config')
+  value = flag_value(argv, 'config')
   if value is None:
     return
   path, _, preset = value.partition(':')
@@ -134,7 +134,7 @@ def _one_line(error: Exception) -> str:
   return ' '.join(str(error).split())
 
 
-def _flag_value(argv: Sequence[str], name: str) -> str | None:
+def flag_value(argv: Sequence[str], name: str) -> str | None:
   """The last value of `--name=value` or `--name value`, as absl reads it."""
   value = None
   for i, argument in enumerate(argv[1:], start=1):

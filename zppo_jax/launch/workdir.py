@@ -13,6 +13,7 @@ from typing import Any
 
 from zppo_jax.core.errors import ConfigError
 from zppo_jax.launch import config as config_lib
+from zppo_jax.mesh import hosts
 
 CHECKPOINTS, DONE = 'checkpoints', 'DONE'
 RESUME = ('auto', 'must', 'never')
@@ -56,8 +57,14 @@ def prepare(workdir: str, config: Any, resume: str = 'auto', cleanup: bool = Fal
 
   `auto` continues a run of the same config, if there is one; `must` demands a checkpoint; `never`
   demands an empty folder, or `cleanup`, which deletes a former run. Raises ConfigError for an
-  unwritable folder, one that holds another run (with the differences), or other files.
+  unwritable folder, one that holds another run (with the differences), or other files. The first
+  process does the work for all.
   """
+  return Workdir(**hosts.on_first(
+    lambda: dataclasses.asdict(_prepare(workdir, config, resume, cleanup))))
+
+
+def _prepare(workdir: str, config: Any, resume: str, cleanup: bool) -> Workdir:
   problems = config_lib.check_enum('resume', resume, RESUME)
   if cleanup and resume != 'never':
     problems.append(config_lib.Problem('cleanup', 'deletes the run: it needs --resume=never'))

@@ -107,6 +107,16 @@ def seen_prompts(config: ModelConfig, tokens: Array, length: Array) -> Array:
 
 
 @types.record
+class Responses:
+  """What was drawn of every row, for `assemble`."""
+
+  tokens: Array  # i32[N, R]
+  logp: Array  # f32[N, R]
+  length: Array  # i32[N]
+  done: Array  # bool[N], ended by a stop token
+
+
+@types.record
 class _State:
   cache: cache_lib.Cache
   logits: Array  # f32[N, V], of the next token
@@ -208,25 +218,26 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)
 
 
-def assemble(prompts: Prompts, state, settings: Settings, version: Array) -> types.Rollout:
-  """Joins prompts and responses (tokens, logp, length, done of `state`) into rows without a gap."""
+def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Array
+             ) -> types.Rollout:
+  """Joins prompts and responses into rows without a gap."""
   group, (num, bucket) = settings.group_size, prompts.tokens.shape
-  rows, width = state.tokens.shape
+  rows, width = drawn.tokens.shape
   total = bucket + width
   rep = functools.partial(jnp.repeat, repeats=group, axis=0)
   start, forced_length, valid = map(rep, (prompts.length, prompts.forced_length, prompts.valid))
   column = jnp.arange(total)[None]
   prompt_part = jnp.pad(rep(prompts.tokens), ((0, 0), (0, width)))
-  response = masks.put_window(state.tokens, start, total)
-  in_response = (column >= start[:, None]) & (column < (start + state.length)[:, None])
+  response = masks.put_window(drawn.tokens, start, total)
+  in_response = (column >= start[:, None]) & (column < (start + drawn.length)[:, None])
   sampled = in_response & (column >= (start + forced_length)[:, None]) & valid[:, None]
-  segments = masks.segments_from_lengths(start + state.length, total)
+  segments = masks.segments_from_lengths(start + drawn.length, total)
   return types.Rollout(
     tokens=jnp.where(column < start[:, None], prompt_part, jnp.where(in_response, response, 0)),
     segment_ids=segments,
     positions=jnp.where(segments > 0, column, 0).astype(jnp.int32),
     loss_mask=sampled,
-    behavior_logp=jnp.where(sampled, masks.put_window(state.logp, start, total), 0.0),
+    behavior_logp=jnp.where(sampled, masks.put_window(drawn.logp, start, total), 0.0),
     version=jnp.where(sampled, version, 0).astype(jnp.int32),
     turn_id=in_response.astype(jnp.int32),
     group_id=rep(prompts.group_id),
@@ -236,7 +247,7 @@ def assemble(prompts: Prompts, state, settings: Settings, version: Array) -> typ
     kind=rep(prompts.kind),
     question_id=rep(prompts.question_id),
     reward=jnp.zeros(rows),
-    status=jnp.where(state.done, types.FINISHED, types.TRUNCATED).astype(jnp.int32),
+    status=jnp.where(drawn.done, types.FINISHED, types.TRUNCATED).astype(jnp.int32),
     valid=valid)
 
 
@@ -252,4 +263,5 @@ def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Arra
   check_settings(settings)
   prompts = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)), prompts)
   state = _decode(config, params, prompts, key, settings)
-  return assemble(prompts, state, settings, jnp.asarray(version, jnp.int32))
+  drawn = Responses(state.tokens, state.logp, state.length, state.done)
+  return assemble(prompts, drawn, settings, jnp.asarray(version, jnp.int32))

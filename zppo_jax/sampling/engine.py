@@ -74,14 +74,6 @@ class _Job:
   source: int  # in its prefill
 
 
-@types.record
-class _Responses:
-  tokens: Array
-  logp: Array
-  length: Array
-  done: Array
-
-
 def _check(engine: Engine) -> None:
   for name in ('slots', 'steps', 'prefill'):
     if getattr(engine, name) < 1:
@@ -287,7 +279,8 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: Ar
       length[row], done[row], held[i] = size, stopped, None
     if stop is not None and any(found[0][i] for i in ended):
       slots = _release(slots, np.asarray([job is not None for job in held]))
-  rollout = _assemble(prompts, _Responses(tokens, logp, length, done), settings, np.int32(version))
+  rollout = _assemble(prompts, decode.Responses(tokens, logp, length, done), settings,
+                      np.int32(version))
   share = lambda part, steps: float(part / max(1, steps * engine.slots))
   return rollout, Stats(int(taken.sum()), queue.prefills, int(decoded.sum()),
                         share(decoded.sum(), taken.sum()), share(decoded[0], taken[0]))

@@ -26,14 +26,14 @@ def _kind_metrics(part: api.Drawn) -> dict[int, list[tuple[float, bool]]]:
 def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
   """Rewards, groups, lengths and cost of a step. Plain statistics are over kind-0 policy groups."""
   first = parts[0]
-  cost = {'rollouts': float(sum(hosts.fetch(p.rollout.valid).sum() for p in parts)),
-          'sampled_tokens': float(sum(hosts.fetch(p.rollout.loss_mask).sum() for p in parts))}
+  valid, masks = zip(*hosts.fetch([(p.rollout.valid, p.rollout.loss_mask) for p in parts]))
+  cost = {'rollouts': float(sum(x.sum() for x in valid)),
+          'sampled_tokens': float(sum(x.sum() for x in masks))}
   if any(g is not None and g.response is not None for g in first.groups):
     return cost  # given rows: nobody sampled or graded them
-  rows = hosts.fetch(first.rollout.valid)
+  rows = valid[0]
   reward = first.reward[rows]
-  length = hosts.fetch(first.rollout.traj_tokens)[rows]
-  status = hosts.fetch(first.rollout.status)[rows]
+  length, status = (x[rows] for x in hosts.fetch((first.rollout.traj_tokens, first.rollout.status)))
   found = {
     'reward/mean': float(reward.mean()), 'reward/std': float(reward.std()),
     'reward/min': float(reward.min()), 'reward/max': float(reward.max()),
