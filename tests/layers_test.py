@@ -13,7 +13,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = {
   'zppo_jax.core': 0, 'zppo_jax.ops': 1, 'kernels': 1, 'zppo_jax.mesh': 2, 'zppo_jax.models': 2,
   'zppo_jax.data': 3, 'zppo_jax.sampling': 3, 'zppo_jax.rewards': 3, 'zppo_jax.replay': 3,
-  'zppo_jax.methods': 4, 'zppo_jax.train': 5, 'zppo_jax.evals': 5, 'zppo_jax.launch': 6,
+  'zppo_jax.methods': 4, 'zppo_jax.envs': 4, 'zppo_jax.agents': 4,
+  'zppo_jax.train': 5, 'zppo_jax.evals': 5, 'zppo_jax.launch': 6,
   'experiments': 6, 'ml_collections_configs': 6}
 METHOD_FILES = {'grpo', 'ppo', 'sft', 'zppo', 'distill'}
 

@@ -9,16 +9,43 @@ import jax
 
 Array = jax.Array
 
-FINISHED, TRUNCATED = 0, 1  # Rollout.status: ended by a stop token, or by length
+# Rollout.status: ended by a stop token, by length, by turns, by a fault outside the policy, or by
+# output that could not be read
+FINISHED, TRUNCATED, OUT_OF_TURNS, ENV_FAILURE, INVALID_OUTPUT = 0, 1, 2, 3, 4
 POLICY, TEACHER = 0, 1  # Rollout.role_id: who wrote the loss tokens (given data counts as teacher)
 
 
 @dataclasses.dataclass(frozen=True)
+class ToolCall:
+  """One call that an assistant asks for."""
+
+  id: str
+  name: str
+  arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolSpec:
+  """What an assistant is told about a tool; `parameters` is a JSON schema of type object."""
+
+  name: str
+  description: str
+  parameters: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Message:
-  """One chat turn; `role` is 'system', 'user', 'assistant' or 'tool'."""
+  """One chat turn; `role` is 'system', 'user', 'assistant' or 'tool'.
+
+  `tool_calls` are those that `content` asks for, already read; `tool_call_id` and `name` say which
+  call a tool answers.
+  """
 
   role: str
   content: str
+  tool_calls: tuple[ToolCall, ...] = ()
+  tool_call_id: str | None = None
+  name: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Agents on the host: clients of language models, tools, and the loop that runs episodes."""
