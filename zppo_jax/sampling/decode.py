@@ -43,9 +43,31 @@ class Settings:
   frequency: float = 0.0  # the same, times how often
   repetition: float = 1.0  # divides the logits of tokens that the prompt or the response holds
 
+  rules: tuple[rules.LogitRule, ...] = ()  # before all of these
+
   @property
-  def penalises(self) -> bool:
-    return (self.presence, self.frequency, self.repetition) != (0.0, 0.0, 1.0)
+  def greedy(self) -> bool:
+    return self.temperature < GREEDY_BELOW
+
+  @functools.cached_property
+  def chain(self) -> tuple[rules.LogitRule, ...]:
+    """The rules that do something, in their order; no temperature and no filter when greedy."""
+    given = list(self.rules)
+    if (self.presence, self.frequency, self.repetition) != (0.0, 0.0, 1.0):
+      given.append(rules.penalties(self.presence, self.frequency, self.repetition))
+    if self.greedy:
+      return tuple(given)
+    for rule, value, off in ((rules.temperature, self.temperature, 1.0),
+                             (rules.top_k, self.top_k, 0), (rules.top_p, self.top_p, 1.0),
+                             (rules.min_p, self.min_p, 0.0)):
+      if value != off:
+        given.append(rule(value))
+    return tuple(given)
+
+  @property
+  def filtered(self) -> bool:
+    """Whether tokens are drawn from anything but softmax(z / T)."""
+    return any(rule.name != 'temperature' for rule in self.chain)
 
 
 def check_settings(s: Settings) -> None:
@@ -63,7 +85,7 @@ def check_settings(s: Settings) -> None:
   for name, fine, bound in bounds:
     if not fine:
       raise ValueError(f'{name} must be {bound}, got {getattr(s, name)}')
-  if s.temperature < GREEDY_BELOW and s.group_size > 1:
+  if s.greedy and s.group_size > 1:
     raise ValueError(f'temperature 0 draws {s.group_size} equal samples: group_size must be 1')
 
 
@@ -88,25 +110,6 @@ class Prompts:
 
 
 @types.record
-class Seen:
-  """Tokens that a row holds, for the penalties."""
-
-  counts: Array  # i32[N, V], of the response
-  prompt: Array  # bool[N, V]
-
-  def add(self, token: Array, live: Array) -> Seen:
-    rows = jnp.arange(len(token))
-    return Seen(self.counts.at[rows, token].add(live.astype(jnp.int32)), self.prompt)
-
-
-def seen_prompts(config: ModelConfig, tokens: Array, length: Array) -> Array:
-  """bool[P, V] of prompts i32[P, L]."""
-  rows = jnp.arange(tokens.shape[0])[:, None]
-  inside = jnp.arange(tokens.shape[1])[None] < length[:, None]
-  return jnp.zeros((tokens.shape[0], config.vocab), bool).at[rows, tokens].max(inside)
-
-
-@types.record
 class Responses:
   """What was drawn of every row, for `assemble`."""
 
@@ -114,6 +117,7 @@ class Responses:
   logp: Array  # f32[N, R]
   length: Array  # i32[N]
   done: Array  # bool[N], ended by a stop token
+  kept: Array | None = None  # f32[N, R], see `choose`
 
 
 @types.record
@@ -122,10 +126,11 @@ class _State:
   logits: Array  # f32[N, V], of the next token
   tokens: Array  # i32[N, R]
   logp: Array  # f32[N, R]
+  kept: Array | None  # f32[N, R], where something filters
   done: Array  # bool[N]
   length: Array  # i32[N], response tokens so far
   step: Array  # i32[]
-  seen: Seen | None  # where the settings penalise
+  rules: tuple  # states of the chain
 
 
 def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
@@ -146,33 +151,43 @@ def _first_max(x: Array) -> Array:
   return jnp.min(best, axis=-1)
 
 
-def choose(logits: Array, row_keys: Array, step: Array, settings: Settings,
-           seen: Seen | None = None):
-  """Next token i32[N] and its log-prob under the distribution it was drawn from; step i32[N]."""
-  if seen is not None:
-    logits = rules.penalise(logits, seen.counts, seen.prompt, presence=settings.presence,
-                            frequency=settings.frequency, repetition=settings.repetition)
-  if settings.temperature < GREEDY_BELOW:
-    shaped, token = logits, _first_max(logits)
+def _logp(logits: Array, token: Array) -> Array:
+  below = logits - jnp.max(logits, axis=-1, keepdims=True)
+  chosen = jnp.take_along_axis(below, token[:, None], axis=1)[:, 0]
+  return chosen - jnp.log(jnp.sum(jnp.exp(below), axis=-1))
+
+
+def choose(logits: Array, row_keys: Array, step: Array, settings: Settings, states: tuple):
+  """Next token i32[N], its log-prob under the distribution it was drawn from, and log kept mass.
+
+  The third is what is missing to the model's own log-prob at that temperature:
+  log softmax(z / T)[token] = logp + kept, the log of the mass that filters kept. None where
+  nothing filters. step i32[N].
+  """
+  shaped = rules.apply(settings.chain, states, logits, step)
+  if settings.greedy:
+    token = _first_max(shaped)
   else:
-    shaped = rules.apply(logits, temperature=settings.temperature, k=settings.top_k,
-                         p=settings.top_p, floor=settings.min_p)
     noise = jax.vmap(lambda k, s: jax.random.gumbel(rng.fold(k, s), logits.shape[1:]))(
       row_keys, step)
     token = _first_max(shaped + noise)
-  below = shaped - jnp.max(shaped, axis=-1, keepdims=True)
-  chosen = jnp.take_along_axis(below, token[:, None], axis=1)[:, 0]
-  return token, chosen - jnp.log(jnp.sum(jnp.exp(below), axis=-1))
+  logp = _logp(shaped, token)
+  if not settings.filtered:
+    return token, logp, None
+  own = logits if settings.greedy else logits / settings.temperature
+  return token, logp, _logp(own, token) - logp
 
 
-def force(token: Array, logp: Array, forced: Array, forced_length: Array, step: Array):
-  """The given token, with log-prob 0, where a row is inside its forced prefix; step i32[N]."""
+def force(drawn, forced: Array, forced_length: Array, step: Array):
+  """`choose`'s triple where a row is free, the given token with zeros inside its forced prefix."""
   if not forced.shape[1]:
-    return token, logp
+    return drawn
   column = jnp.minimum(step, forced.shape[1] - 1)[:, None]
   given = jnp.take_along_axis(forced, column, axis=1)[:, 0]
   inside = step < forced_length
-  return jnp.where(inside, given, token), jnp.where(inside, 0.0, logp)
+  token, *values = drawn
+  return jnp.where(inside, given, token), *jax.tree.map(
+    lambda x: jnp.where(inside, 0.0, x), values)
 
 
 def row_keys(key: Array, request: Array, sample: Array) -> Array:
@@ -187,21 +202,22 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   sample = jnp.tile(jnp.arange(group), prompts.length.shape[0])
   keys = row_keys(key, rep(prompts.request), sample)
   eos = jnp.asarray(settings.eos_ids, jnp.int32)
-  width = settings.max_new_tokens
+  width, chain = settings.max_new_tokens, settings.chain
 
   def body(state: _State) -> _State:
     step = jnp.broadcast_to(state.step, valid.shape)
-    token, logp = force(*choose(state.logits, keys, step, settings, state.seen), forced,
-                        forced_length, step)
+    token, logp, kept = force(choose(state.logits, keys, step, settings, state.rules), forced,
+                              forced_length, step)
     live = ~state.done
-    tokens = state.tokens.at[:, state.step].set(jnp.where(live, token, 0))
-    logps = state.logp.at[:, state.step].set(jnp.where(live, logp, 0.0))
+    put = lambda old, new: old.at[:, state.step].set(jnp.where(live, new, 0))
+    tokens = put(state.tokens, token)
+    logps, kept = jax.tree.map(put, (state.logp, state.kept), (logp, kept))
     done = state.done | jnp.any(token[:, None] == eos, axis=1)
     out = decoder.forward(config, blocks, token[:, None], cache=state.cache, prefix=prefix,
                           want='hidden')
     logits = decoder.unembed(config, params, out.hidden[:, 0])
-    seen = None if state.seen is None else state.seen.add(token, live)
-    return _State(out.cache, logits, tokens, logps, done, state.length + live, state.step + 1, seen)
+    return _State(out.cache, logits, tokens, logps, kept, done, state.length + live,
+                  state.step + 1, rules.update(chain, state.rules, token, step, live))
 
   cache, logits = prefill(config, params, prompts.tokens, prompts.length)
   prefix, logits = cache_lib.as_prefix(cache), rep(logits)
@@ -209,12 +225,12 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   rows = valid.shape[0]
   cache = cache_lib.split(config, rows, width, prefix)
   prefix = cache_lib.split_prefix(config, prefix)
-  seen = None
-  if settings.penalises:
-    seen = Seen(jnp.zeros((rows, config.vocab), jnp.int32),
-                rep(seen_prompts(config, prompts.tokens, prompts.length)))
-  state = _State(cache, logits, jnp.zeros((rows, width), jnp.int32), jnp.zeros((rows, width)),
-                 ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0), seen)
+  given = rules.Given(prompts.tokens, prompts.length, config.vocab, width)
+  blank = jnp.zeros((rows, width))
+  state = _State(
+    cache, logits, jnp.zeros((rows, width), jnp.int32), blank,
+    blank if settings.filtered else None, ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0),
+    jax.tree.map(rep, rules.init(chain, given)))
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)
 
 
@@ -232,12 +248,13 @@ def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Ar
   in_response = (column >= start[:, None]) & (column < (start + drawn.length)[:, None])
   sampled = in_response & (column >= (start + forced_length)[:, None]) & valid[:, None]
   segments = masks.segments_from_lengths(start + drawn.length, total)
+  per_token = lambda x: jnp.where(sampled, masks.put_window(x, start, total), 0.0)
   return types.Rollout(
     tokens=jnp.where(column < start[:, None], prompt_part, jnp.where(in_response, response, 0)),
     segment_ids=segments,
     positions=jnp.where(segments > 0, column, 0).astype(jnp.int32),
     loss_mask=sampled,
-    behavior_logp=jnp.where(sampled, masks.put_window(drawn.logp, start, total), 0.0),
+    behavior_logp=per_token(drawn.logp),
     version=jnp.where(sampled, version, 0).astype(jnp.int32),
     turn_id=in_response.astype(jnp.int32),
     group_id=rep(prompts.group_id),
@@ -248,7 +265,8 @@ def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Ar
     question_id=rep(prompts.question_id),
     reward=jnp.zeros(rows),
     status=jnp.where(drawn.done, types.FINISHED, types.TRUNCATED).astype(jnp.int32),
-    valid=valid)
+    valid=valid,
+    log_kept_mass=None if drawn.kept is None else per_token(drawn.kept))
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'settings'))
@@ -263,5 +281,5 @@ def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Arra
   check_settings(settings)
   prompts = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)), prompts)
   state = _decode(config, params, prompts, key, settings)
-  drawn = Responses(state.tokens, state.logp, state.length, state.done)
+  drawn = Responses(state.tokens, state.logp, state.length, state.done, state.kept)
   return assemble(prompts, drawn, settings, jnp.asarray(version, jnp.int32))

@@ -117,7 +117,10 @@ def denominators(terms: Sequence[api.Term], outputs: Sequence[Any],
 def mismatch_metrics(logp: Array, rollout: types.Rollout) -> api.Metrics:
   """Sampler against scorer on rows that the policy sampled."""
   mask = rollout.loss_mask & (rollout.valid & (rollout.role_id == types.POLICY))[:, None]
-  found = importance.mismatch(logp, rollout.behavior_logp, mask)
+  sampler = rollout.behavior_logp
+  if rollout.log_kept_mass is not None:
+    sampler = sampler + rollout.log_kept_mass  # the scorer knows no filters
+  found = importance.mismatch(logp, sampler, mask)
   tokens = jnp.sum(mask, dtype=jnp.float32)
   return {('mismatch/abs_max' if k == 'max_abs' else f'mismatch/{k}'):
           ((v, tokens) if k == 'max_abs' else (v * tokens, tokens)) for k, v in found.items()}

@@ -72,7 +72,7 @@ def causal_conv(x: Array, weight: Array, before: Array | None, segment_ids: Arra
     same = (ids[:, i:i + time] == segment_ids)[..., None]
     y += jnp.where(same, wide[:, i:i + time], 0) * weight[:, i]
   if time == 1:
-    return y, wide[:, 1:]
+    return y, jnp.where(segment_ids[..., None] > 0, wide[:, 1:], wide[:, :-1])
   real = jnp.sum(segment_ids > 0, axis=1)
   columns = real[:, None] + jnp.arange(reach)
   return y, jnp.take_along_axis(wide, columns[..., None], axis=1)
@@ -139,8 +139,9 @@ def _rule(config: ModelConfig, q, write, erase, value, decay, state, segment_ids
   """The delta rule on the chips that hold the rows, heads and parts of rows."""
   if decoding and q.shape[1] == 1:
     inputs = (x[:, 0] for x in (q, write, erase, value, decay))
-    state, out = delta_rule.step(state, *inputs)
-    return out[:, None], axes.constrain(state, *RECURRENT_AXES.state[1:])
+    after, out = delta_rule.step(state, *inputs)
+    after = jnp.where(segment_ids[..., None, None] > 0, after, state)  # rows that wait keep theirs
+    return out[:, None], axes.constrain(after, *RECURRENT_AXES.state[1:])
 
   parts = axes.shards('length', q.shape[1])
 
