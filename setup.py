@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'rlax>=0.1.6', 'ruff>=0.6']
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'hypothesis>=6.100', 'rlax>=0.1.6', 'ruff>=0.6',
+        'httpx>=0.27']
 
 setup(
   name='zppo_jax',
@@ -38,6 +39,7 @@ setup(
     'tpu': ['jax[tpu]>=0.10.2'],
     'gpu': ['jax[cuda13]>=0.10.2'],
     'hf': ['safetensors>=0.4'],
+    'http': ['httpx>=0.27'],
     'aot': ['libtpu>=0.0.20'],
     'log': ['tensorboardX>=2.6'],
     'notebooks': ['jupytext>=1.16', 'nbmake>=1.5', 'ipykernel>=6.29'],

@@ -53,7 +53,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-  """One answer. Token ids, log-probs (nats) and version come from an in-process policy only.
+  """One answer. Token ids and version come from an in-process policy only, log-probs are in nats.
 
   `token_ids` hold the stop token, if there was one. An answer that failed has finish 'error' and
   says why in `error`.
