@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from experiments.miniatures import fg2_gdn, zppo
+from experiments.miniatures import calculator, fg2_gdn, zppo
 from zppo_jax.core.errors import UserError
 from zppo_jax.launch import flags as flags_lib
 
@@ -49,6 +49,11 @@ MINIATURES: Mapping[str, Miniature] = {
     axes=('fiftieth of training', 'held-out batches'),
     run=fg2_gdn.run, table=fg2_gdn.table, bars=fg2_gdn.bars, notes=fg2_gdn.notes,
     record=fg2_gdn.record, panels=fg2_gdn.panels),
+  'calculator': Miniature(
+    title='GRPO over several turns: products with a calculator',
+    axes=('evaluation', 'held-out accuracy, 256 questions'),
+    run=calculator.run, table=calculator.table, bars=calculator.bars, notes=calculator.notes,
+    record=calculator.record, panels=calculator.panels),
 }
 
 

@@ -41,7 +41,7 @@ def fit_buckets(config: Any) -> None:
   """Widens the token buckets to the user's own file: every prompt and solution must fit."""
   from zppo_jax.launch import build
   from zppo_jax.methods import reformulate
-  from zppo_jax.train.context import Questions
+  from zppo_jax.train.setup import Questions
 
   with config.unlocked():
     config.tokenizer, config.init = config.student.tokenizer, config.student.init

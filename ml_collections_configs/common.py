@@ -80,7 +80,13 @@ def base(preset):
     max_new_tokens=40 if tiny else 12_288, temperature=1.0, write_prompt_tokens=0 if tiny else
     16_384, write_chunk=64, chunk_groups=120 if preset == 'pod' else 0,
     slots=0)  # rows in flight, refilled as they end; 0 = all rows of a call until the last one ends
-  c.optim = dict(learning_rate=3e-4 if tiny else 1e-6, critic_learning_rate=1e-3 if tiny else 1e-5,
+  # Tools make a rollout an episode: answers, tool answers (not trained on), answers; then
+  # rollout.max_new_tokens is the room for all of it. '{tools}' describes them to the policy.
+  c.agent = dict(tools=(), parser='xml_tags' if tiny else 'hermes',
+                 system='' if tiny else '{tools}',
+                 max_turns=4, turn_tokens=0)  # most answers; tokens of each, 0 = all left
+  c.optim = dict(learning_rate=3e-4 if tiny else 1e-6,
+                 critic_learning_rate=1e-3 if tiny else 1e-5,
                  warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.999, eps=1e-8,
                  weight_decay=0.1, clip_norm=1.0)
   c.train = dict(micro_batches=1, chunk=4096, share_prompts=True)

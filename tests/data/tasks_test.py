@@ -39,7 +39,14 @@ def as_json(example):
 
 
 def hash_of(source, count=50):
-  joined = '\n'.join(as_json(source[i]) for i in range(count))
+  """Of what the hashes were made of: without the fields of dialogues, which must be empty."""
+  rows = []
+  for i in range(count):
+    row = json.loads(as_json(source[i]))
+    assert row.pop('dialogue') == []
+    row['messages'] = [{k: m[k] for k in ('role', 'content')} for m in row['messages']]
+    rows.append(json.dumps(row, sort_keys=True))
+  joined = '\n'.join(rows)
   return hashlib.blake2b(joined.encode(), digest_size=6).hexdigest()
 
 
@@ -120,6 +127,18 @@ def test_an_item_depends_on_nothing_but_its_index(name):
 @pytest.mark.parametrize('name', SPECS)
 def test_golden(name):
   assert hash_of(build(name)) == GOLDEN[name]
+
+
+def test_a_dialogue_asks_a_calculator_and_reads_its_answer():
+  source = build('arithmetic_tree', tool=True)
+  for i in range(50):
+    ask, told, answer = source[i].dialogue
+    call, = ask.tool_calls
+    value = Fraction(eval(call.arguments['expression'].replace('/', '//')))
+    assert call.name == told.name == 'calculator' and told.tool_call_id == call.id
+    assert str(value) == told.content == source[i].answer
+    assert answer.content == f'\\boxed{{{source[i].answer}}}'
+    assert dataclasses.replace(source[i], dialogue=()) == build('arithmetic_tree')[i]
 
 
 def test_two_processes_agree():

@@ -20,6 +20,7 @@ from zppo_jax.rewards.verifiers import VerifyResult
 from zppo_jax.sampling import decode
 from zppo_jax.train import context, loop, state, step
 from zppo_jax.train import run as run_lib
+from zppo_jax.train import setup as setup_lib
 
 GROUP_RELATIVE = ['grpo', 'rloo', 'dr_grpo', 'gspo', 'cispo', 'reinforce_pp_baseline']
 
@@ -321,8 +322,8 @@ def addition_run(prime, method, *, learning_rate, seed, grader=None, warm=None) 
   model = ModelConfig(vocab=size, hidden=48, layers=4, heads=4, kv_heads=4, head_dim=12, inter=128,
                       rope_theta=1e4)
   source = Addition(prime)
-  questions = context.Questions(source, tiny.tokenizer(), 'plain')
-  setup = context.Setup(
+  questions = setup_lib.Questions(source, tiny.tokenizer(), 'plain')
+  setup = setup_lib.Setup(
     model=model, questions=questions, grader=grader or Exact(), group_size=method.group_size,
     sampling=decode.Settings(max_new_tokens=2, eos_ids=(questions.stop_id,)), prompt_tokens=3,
     reformulated_tokens=3, seed=seed, mesh=tiny.mesh())

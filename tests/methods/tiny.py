@@ -23,6 +23,7 @@ from zppo_jax.rewards.verifiers import VerifyResult
 from zppo_jax.sampling import decode
 from zppo_jax.train import context, loop, state, step
 from zppo_jax.train import run as run_lib
+from zppo_jax.train import setup as setup_lib
 
 PROMPT, REFORMULATED, RESPONSE, INSTRUCTION = 8, 112, 16, 640  # token buckets
 SETTINGS = step.StepSettings(window=RESPONSE, chunk=8)
@@ -72,7 +73,7 @@ def tokenizer():
 
 @functools.cache
 def questions():
-  return context.Questions(source(), tokenizer(), 'plain')
+  return setup_lib.Questions(source(), tokenizer(), 'plain')
 
 
 def model(**changes) -> ModelConfig:
@@ -115,9 +116,9 @@ def overrides(name: str, **changes) -> dict:
   return found | changes
 
 
-def setup(method, on, *, grader=None, seed=0, **changes) -> context.Setup:
+def setup(method, on, *, grader=None, seed=0, **changes) -> setup_lib.Setup:
   specials = tuple(sorted(tokenizer().special.values()))  # a random model should stop now and then
-  return context.Setup(
+  return setup_lib.Setup(
     model=model(), questions=questions(), grader=grader or CoinGrader(),
     sampling=decode.Settings(max_new_tokens=RESPONSE, eos_ids=specials),
     group_size=method.group_size, prompt_tokens=PROMPT, reformulated_tokens=REFORMULATED,

@@ -19,6 +19,7 @@ from zppo_jax.mesh import place
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import decoder, safetensors
 from zppo_jax.models import params as params_lib
+from zppo_jax.sampling import conversations, decode, engine
 
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden')
 FAMILIES = sorted(n for n in os.listdir(GOLDEN) if os.path.isdir(os.path.join(GOLDEN, n))
@@ -97,15 +98,30 @@ def test_decoding_in_pieces_equals_the_forward(name):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_greedy_continuation_is_the_same(name):
+def test_greedy_continuations_are_the_same(name):
+  """Through slots that are refilled, and as a conversation whose second turn comes from the
+  cache."""
   config, params, golden = loaded(name)
-  step, cache = program(name), cache_lib.init(config, 1, 32)
-  tokens, found = golden['tokens_5'][None], []
-  for _ in range(len(golden['greedy'])):
-    out = step(params, tokens, cache=cache)
-    cache, tokens = out.cache, np.asarray(out.logits[:, -1:]).argmax(-1).astype(np.int32)
-    found.append(int(tokens[0, 0]))
-  assert found == golden['greedy'].tolist()
+  wanted, given = golden['greedy'].tolist(), tuple(golden['tokens_5'].tolist())
+  options = decode.Settings(max_new_tokens=len(wanted), eos_ids=(-1,), temperature=0.0)
+  tokens = np.zeros((3, 8), np.int32)
+  tokens[:, :5] = given
+  length = np.asarray([5, 3, 5], np.int32)
+  batch = decode.Prompts(
+    tokens=tokens, length=length, forced=np.zeros((3, 0), np.int32), forced_length=0 * length,
+    request=np.arange(3, dtype=np.uint32), group_id=0 * length, kind=0 * length,
+    question_id=0 * length, valid=np.ones(3, bool))
+  rollout, _ = engine.run(config, params, batch, key=jax.random.key(0), settings=options,
+                          engine=engine.Engine(slots=2, steps=7, prefill=2))
+  for row in (0, 2):
+    assert np.asarray(rollout.tokens)[row, 5:5 + len(wanted)].tolist() == wanted
+  chat = conversations.Conversations(config, conversations.Shape(2, 32, steps=5, chunks=(3,)))
+  said, reused = [], []
+  for size in (8, len(wanted) - 8):
+    request = conversations.Request((*given, *said), size)
+    answer, = chat.generate(params, [request], key=jax.random.key(0), settings=options)
+    said, reused = said + list(answer.tokens), [*reused, answer.reused]
+  assert said == wanted and reused[1] >= 12
 
 
 @pytest.mark.parametrize('name', FAMILIES)

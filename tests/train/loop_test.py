@@ -14,7 +14,8 @@ from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.launch import roles, workdir
 from zppo_jax.mesh import place
 from zppo_jax.replay import prompts
-from zppo_jax.train import context, memory, saver
+from zppo_jax.train import memory, saver
+from zppo_jax.train import setup as setup_lib
 
 SMALL = {'model.hidden': 32, 'model.inter': 64, 'data.eval_size': 16, 'eval.num_questions': 16,
          'eval.chunk': 16, 'log.progress': False, 'mesh.fsdp': 1, 'mesh.data': -1}
@@ -116,7 +117,7 @@ def test_a_restored_buffer_of_other_questions_is_refused():
 
 def test_a_teacher_with_another_tokenizer_reads_and_writes_its_own(still):
   other = tokenizer_lib.build_tokenizer(dict(kind='char', pieces=('+1', '=2')))
-  own = context.Questions(None, other, 'plain')
+  own = setup_lib.Questions(None, other, 'plain')
   (_, weights), questions = roles.load_teacher(None, str(still), own, place.make_mesh({'data': -1}))
   assert questions.tokenizer.fingerprint != other.fingerprint and questions.template == 'plain'
   assert weights.embed.shape[0] >= questions.tokenizer.vocab_size

@@ -12,9 +12,10 @@ Finish = Literal['stop', 'length', 'tool', 'error']
 
 
 class Status(enum.Enum):
-  """How an episode ended. ENV_ERROR, TIMEOUT and MODEL_ERROR are nobody's merit or fault: such an
-  episode leaves the statistics of its group."""
+  """How an episode ended. ENV_ERROR, TIMEOUT and MODEL_ERROR (`FAULTS`) are not the policy's doing:
+  such an episode leaves the statistics of its group."""
 
+  FINISHED = 'finished'  # the policy ended it, and nobody has judged yet
   SUCCEEDED = 'succeeded'
   FAILED = 'failed'
   MAX_TURNS = 'max_turns'
@@ -25,6 +26,9 @@ class Status(enum.Enum):
   MODEL_ERROR = 'model_error'
 
 
+FAULTS = frozenset({Status.TIMEOUT, Status.ENV_ERROR, Status.MODEL_ERROR})
+
+
 @dataclasses.dataclass(frozen=True)
 class GenRequest:
   """One prompt, as a chat or as exact token ids, and how to go on from it.
@@ -33,7 +37,7 @@ class GenRequest:
   """
 
   messages: tuple[types.Message, ...] = ()
-  token_ids: tuple[int, ...] | None = None  # instead of messages
+  token_ids: tuple[int, ...] | None = None  # the exact prompt, where the client takes tokens
   tools: tuple[types.ToolSpec, ...] = ()
   max_tokens: int = 256
   temperature: float = 1.0
@@ -87,14 +91,15 @@ class TokenScores:
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-  """The tokens that one message adds to its conversation; `parent` is an index, None = root.
+  """What a conversation gets at once: messages of others, or one answer; `parent` None = a root.
 
-  `loss_mask` is true on sampled tokens only; the three tuples are equally long. `segment` says what
-  the tokens do ('act', 'think', 'compress', ...), so that a loss may weigh them apart.
+  `loss_mask` is true on sampled tokens only; the three tuples are equally long, and empty where the
+  model is not ours. `segment` says what the tokens do ('act', 'think', 'compress', ...), so that a
+  loss may weigh them apart.
   """
 
   parent: int | None
-  message: types.Message
+  messages: tuple[types.Message, ...]
   token_ids: tuple[int, ...] = ()
   loss_mask: tuple[bool, ...] = ()
   logprobs: tuple[float, ...] = ()
@@ -106,12 +111,23 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-  """One role's part of an episode: a graph of messages, each path from a root one conversation."""
+  """One role's part of an episode: a graph of nodes, each path from a root one conversation."""
 
-  nodes: tuple[Node, ...]
+  nodes: tuple[Node, ...] = ()
   role: str = 'policy'
-  trainable: bool = True
-  group: str = ''
-  status: Status = Status.FAILED
-  rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+  trainable: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+  """One attempt at a task."""
+
+  task: str  # uid
+  repetition: int
+  status: Status
+  traces: tuple[Trace, ...]
+  reward: float = 0.0
+  progress: float | None = None
+  turns: int = 0
+  text: str = ''  # the last answer
   info: dict[str, Any] = dataclasses.field(default_factory=dict)

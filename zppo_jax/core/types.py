@@ -54,7 +54,8 @@ class Example:
 
   `uid` is a content hash, never a row number; `verifier` names a row of
   `zppo_jax.rewards.verifiers.VERIFIERS`; `solution` is a worked trace for SFT, without
-  special tokens.
+  special tokens. `dialogue` is a worked trace of several turns (answers with `tool_calls`, answers
+  of tools), in its place.
   """
 
   uid: str
@@ -64,6 +65,7 @@ class Example:
   verifier_args: dict[str, Any] = dataclasses.field(default_factory=dict)
   meta: dict[str, Any] = dataclasses.field(default_factory=dict)
   solution: str | None = None
+  dialogue: tuple[Message, ...] = ()
 
 
 def record(cls):

@@ -122,6 +122,21 @@ def render(
   return ids
 
 
+def render_turn(tokenizer, messages: Sequence[Message], template: str | Template) -> list[int]:
+  """Token ids that follow the stop id of an answer: `messages`, and the opening of the next one.
+
+  What was said before does not matter, so nothing of it is tokenised again. Errors as in `render`.
+  """
+  before = Message('user', '.'), Message('assistant', '.')
+  ids = render(tokenizer, (*before, *messages), template)
+  opening = render(tokenizer, before, template, add_generation_prompt=False)
+  end = max(i for i, t in enumerate(opening) if t == stop_id(tokenizer, template)) + 1
+  if ids[:end] != opening[:end]:
+    name = get_template(template).name
+    raise ValueError(f'template {name!r} rewrites earlier turns when {messages[0].role!r} follows')
+  return ids[end:]
+
+
 def stop_id(tokenizer, template: str | Template) -> int:
   """The id that ends an assistant turn: what a sampler stops at."""
   stop = get_template(template).stop

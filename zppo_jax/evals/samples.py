@@ -20,7 +20,8 @@ from zppo_jax.mesh import hosts
 from zppo_jax.methods import api
 from zppo_jax.ops import intervals
 from zppo_jax.sampling import select
-from zppo_jax.train.context import Setup, StepContext
+from zppo_jax.train.context import StepContext
+from zppo_jax.train.setup import Setup
 
 FILE = 'samples.jsonl'
 

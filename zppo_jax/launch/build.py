@@ -12,13 +12,13 @@ from zppo_jax.core.errors import UserError
 from zppo_jax.data import batches
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.data.tasks import sources
-from zppo_jax.launch import roles
+from zppo_jax.launch import roles, turns
 from zppo_jax.mesh import hosts, place
 from zppo_jax.methods import api, table
 from zppo_jax.rewards.grade import Grader
 from zppo_jax.sampling import decode
 from zppo_jax.train import evaluate, run, state, step
-from zppo_jax.train.context import Questions, Setup
+from zppo_jax.train.setup import Questions, Setup
 
 TOKENIZER_TEXTS = 2000  # examples whose characters a character tokenizer must know
 
@@ -148,7 +148,8 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   model = roles.architecture(config.model, config.init.checkpoint, tokenizer.vocab_size)
   if hosts.is_first():
     roles.write_facts(workdir, model, tokenizer, roles.adapters(config), config.init.checkpoint)
-  questions = Questions(train_source, tokenizer, build_template(config), config.data.instruction)
+  questions = Questions(train_source, tokenizer, build_template(config), config.data.instruction,
+                        turns.system_text(config), config.agent.parser)
   held_out = dataclasses.replace(questions, source=eval_source)
   given = config.rollout.max_new_tokens if 'solutions' in method.needs else None
   check_lengths(questions, prompt_tokens=config.rollout.prompt_tokens, response_tokens=given)
@@ -167,7 +168,7 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
     reformulated_tokens=r.reformulated_tokens, seed=config.seed, teacher=teacher,
     teacher_questions=teacher_questions, write_prompt_tokens=r.write_prompt_tokens,
     write_chunk=r.write_chunk, chunk_groups=r.chunk_groups, slots=r.slots,
-    allow_fractional=config.data.allow_fractional, mesh=mesh)
+    allow_fractional=config.data.allow_fractional, mesh=mesh, episodes=turns.build_episodes(config))
   eval_sampling = dataclasses.replace(sampling, temperature=e.temperature, top_k=e.top_k,
                                       top_p=e.top_p, min_p=e.min_p)
   optim = state.Optim(**config.optim)

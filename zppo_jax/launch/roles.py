@@ -20,7 +20,7 @@ from zppo_jax.models import hf_config, lora, presets
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.train import checkpoint
-from zppo_jax.train.context import Questions
+from zppo_jax.train.setup import Questions
 
 # What a config section still decides when the architecture comes from a checkpoint.
 RUN_FIELDS = ('dtype', 'param_dtype', 'remat', 'unroll', 'query_chunk')

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zppo_jax.core.errors import ConfigError, UserError
-from zppo_jax.launch import build, roles
+from zppo_jax.launch import build, roles, turns
 from zppo_jax.launch.config import (
   Problem,
   check_divisible,
@@ -27,7 +27,7 @@ RANGES = {  # dotted field -> (low, low is excluded)
   'rollout.reformulated_tokens': (1, False), 'rollout.max_new_tokens': (1, False),
   'rollout.temperature': (0, True), 'rollout.write_prompt_tokens': (0, False),
   'rollout.write_chunk': (1, False), 'rollout.chunk_groups': (0, False),
-  'rollout.slots': (0, False),
+  'rollout.slots': (0, False), 'agent.max_turns': (1, False), 'agent.turn_tokens': (0, False),
   'optim.learning_rate': (0, False),
   'optim.critic_learning_rate': (0, False), 'optim.warmup_steps': (0, False),
   'optim.decay_steps': (0, False), 'optim.weight_decay': (0, False), 'optim.eps': (0, True),
@@ -226,7 +226,7 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
     found += _data(config) + _roles(config, method)
   if model is not None:
     found += _lengths(config, method, model)
-  found += _sharding(config, method, model, num_devices)
+  found += _sharding(config, method, model, num_devices) + turns.problems(config)
   return found + _adapters(config, method, model) + _staleness(config, method)
 
 

@@ -24,7 +24,8 @@ class Group:
   """One group of samples to draw (host side).
 
   `messages` replaces the plain question; `forced` ids open every response and are not trained on;
-  with `response` ids nothing is sampled: the group is that one row, all of it in the loss.
+  with `response` ids nothing is sampled: the group is that one row, all of it in the loss but what
+  `others_said` marks.
   """
 
   question: int
@@ -32,6 +33,7 @@ class Group:
   messages: tuple[types.Message, ...] | None = None
   forced: tuple[int, ...] = ()
   response: tuple[int, ...] | None = None
+  others_said: tuple[bool, ...] = ()  # per id of `response`; empty = nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Context(Protocol):
 
   def encode(self, text: str) -> tuple[int, ...]:
     """Token ids of ordinary text: never special ones."""
+
+  def worked(self, question: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """(ids, what others said) of the worked dialogue of a question; the last stop is left out."""
 
   def draw(self, groups: Sequence[Group], *, capacity: int, first_id: int = 0,
            group_size: int | None = None, role: int = types.POLICY, greedy: bool = False,

@@ -61,6 +61,10 @@ def _plan(c: Config):
     groups = []
     for question in map(int, batch):
       noisy = ctx.rng('noise', question).random() < c.label_noise
+      if ctx.example(question).dialogue and not noisy:
+        ids, others = ctx.worked(question)
+        groups.append(api.Group(question, response=ids, others_said=others))
+        continue
       label = (wrong_solution(ctx, question, ctx.distractor(question)) if noisy
                else solution(ctx, question))
       groups.append(api.Group(question, response=ctx.encode(label)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zppo_jax.agents import traces
 from zppo_jax.core import rng, trees, types
 from zppo_jax.core.errors import UserError
-from zppo_jax.data import templates
+from zppo_jax.envs import api as envs_api
 from zppo_jax.mesh import hosts, place
 from zppo_jax.methods import api
-from zppo_jax.models.config import ModelConfig
 from zppo_jax.rewards import grade as grade_lib
 from zppo_jax.sampling import decode, engine
+from zppo_jax.train import episodes
+from zppo_jax.train.setup import Questions, Setup
 
 Timer = Any  # timer(phase) is a context manager that adds up seconds
 
@@ -30,66 +31,23 @@ def no_timer(phase: str):
   return contextlib.nullcontext()
 
 
-@dataclasses.dataclass(frozen=True)
-class Questions:
-  """A task source with its renderer; examples and plain prompts are cached."""
-
-  source: Any
-  tokenizer: Any
-  template: str
-  instruction: str = ''  # closes every question, plain or reformulated
-
-  @functools.cached_property
-  def example(self):
-    """example(row) -> Example."""
-    return functools.lru_cache(maxsize=200_000)(self.source.__getitem__)
-
-  @functools.cached_property
-  def plain_ids(self):
-    """plain_ids(row) -> token ids of the plain prompt."""
-    return functools.lru_cache(maxsize=200_000)(lambda q: self.render(self.example(q).messages))
-
-  @functools.cached_property
-  def stop_id(self) -> int:
-    return templates.stop_id(self.tokenizer, self.template)
-
-  def render(self, messages: Sequence[types.Message]) -> tuple[int, ...]:
-    """Token ids of a chat whose last question is followed by the instruction."""
-    if self.instruction:
-      last = messages[-1]
-      text = f'{last.content}\n{self.instruction}'
-      messages = (*messages[:-1], dataclasses.replace(last, content=text))
-    return tuple(templates.render(self.tokenizer, messages, self.template))
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-  """Everything about rollouts that stays fixed during a run. Buckets are in tokens."""
-
-  model: ModelConfig
-  questions: Questions
-  grader: Any
-  sampling: decode.Settings
-  group_size: int
-  prompt_tokens: int  # bucket of plain prompts
-  reformulated_tokens: int  # bucket of prompts with candidates
-  seed: int
-  teacher: tuple[ModelConfig, Any] | None = None  # (config, params), frozen
-  teacher_questions: Questions | None = None  # of a teacher with another tokenizer
-  write_prompt_tokens: int = 0  # bucket of instructions to the teacher
-  write_chunk: int = 64  # instructions per teacher call
-  slots: int = 0  # rows in flight of the sampler, refilled as they end; 0 = all of a call
-  chunk_groups: int = 0  # most groups per call of the sampler, bounding its cache; 0 = all
-  allow_fractional: bool = False
-  mesh: Any = None
-
-
 def pad_ids(rows: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
   """Right-padded i32[n, size] and lengths i32[n]."""
   out = np.zeros((len(rows), size), np.int32)
   for i, row in enumerate(rows):
     out[i, :len(row)] = row
   return out, np.asarray([len(r) for r in rows], np.int32)
+
+
+def group_names(groups: Sequence[api.Group]) -> list[str]:
+  """A name per group, for its noise: whatever else is drawn, it stays."""
+  seen: dict[tuple, int] = collections.defaultdict(int)
+  names = []
+  for group in groups:
+    twin = group.question, group.kind
+    names.append(f'{group.question}/{group.kind}/{seen[twin]}')
+    seen[twin] += 1
+  return names
 
 
 class StepContext:
@@ -137,6 +95,9 @@ class StepContext:
   def decode(self, ids: Sequence[int]) -> str:
     return self._setup.questions.tokenizer.decode(ids)
 
+  def worked(self, question: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    return self._setup.questions.worked(self.example(question))
+
   def count(self, name: str, numerator: float, denominator: float) -> None:
     self._counts[name][0] += numerator
     self._counts[name][1] += denominator
@@ -171,12 +132,8 @@ class StepContext:
     blank = [(0,)] * (capacity - len(groups))
     tokens, length = pad_ids([*rows, *blank], bucket)
     forced, forced_length = pad_ids([g.forced for g in groups] + [()] * len(blank), forced_tokens)
-    seen: dict[tuple, int] = collections.defaultdict(int)
     request = np.zeros(capacity, np.uint32)
-    for i, group in enumerate(groups):
-      twin = (group.question, group.kind)
-      request[i] = rng.name_hash(f'{group.question}/{group.kind}/{seen[twin]}')
-      seen[twin] += 1
+    request[:len(groups)] = [rng.name_hash(name) for name in group_names(groups)]
 
     def column(values, blank_value):
       return np.asarray([*values, *[blank_value] * len(blank)], np.int32)
@@ -202,6 +159,8 @@ class StepContext:
     settings = dataclasses.replace(setup.sampling, group_size=size)
     if greedy:
       settings = dataclasses.replace(settings, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    if setup.episodes is not None and role == types.POLICY:
+      return self._episodes(groups, settings, capacity=capacity, first_id=first_id, bucket=bucket)
     prompts = self._prompts(groups, capacity=capacity, first_id=first_id, bucket=bucket,
                             forced_tokens=forced_tokens, role=role)
     rollout = self._generate(prompts, settings, role)
@@ -220,6 +179,31 @@ class StepContext:
       rollout = sample(config, params, prompts, self.key('rollout', name), settings)
       return jax.block_until_ready(dataclasses.replace(
         rollout, role_id=jnp.full_like(rollout.role_id, role)))
+
+  def _episodes(self, groups, settings, *, capacity: int, first_id: int, bucket: int) -> api.Drawn:
+    """Groups of episodes; the last answer is graded, unless an environment did."""
+    setup, size = self._setup, settings.group_size
+    if any(g.forced for g in groups):
+      raise UserError('agent: episodes of several turns take no forced prefixes')
+    tasks = []
+    for name, group in zip(group_names(groups), groups):
+      example = self.example(group.question)
+      messages = setup.questions.instruct(group.messages or example.messages)
+      tasks.append(envs_api.Task(name, example.meta | dict(messages=messages)))
+    with self._timer('rollout_policy'):
+      found = episodes.run(
+        setup.episodes, tasks, config=setup.model, params=self._params, settings=settings,
+        tokenizer=setup.questions.tokenizer, template=setup.questions.template, slots=setup.slots,
+        prompt_tokens=bucket, key=self.key('rollout', 'policy'), version=self._version)
+    for name, ratio in episodes.metrics(found).items():
+      self.count(name, *ratio)
+    blank = capacity - len(groups)
+    rollout = jax.tree.map(jnp.asarray, episodes.pack(
+      found, size=bucket + settings.max_new_tokens, group_size=size, first_id=first_id,
+      kind=[g.kind for g in groups] + [0] * blank,
+      question_id=[g.question for g in groups] + [-1] * blank))
+    return self._finish(rollout, groups, size, capacity, graded=setup.episodes.env is None,
+                        role=types.POLICY, texts=[e.text for e in found])
 
   def _by_slots(self, config, params, prompts: decode.Prompts, key, settings) -> types.Rollout:
     rollout, stats = engine.run(config, params, prompts, key=key, settings=settings,
@@ -241,46 +225,37 @@ class StepContext:
   def _given(self, groups, *, capacity: int, first_id: int, bucket: int) -> types.Rollout:
     """Rows of given responses, closed by the stop token; nothing is sampled."""
     width = self._setup.sampling.max_new_tokens
-    total = bucket + width
-    rows, starts = [], []
-    for group in groups:
+    parts = [[]] * capacity
+    for i, group in enumerate(groups):
       prompt = self._prompt_ids(group)
       response = (*group.response, self._setup.questions.stop_id)
       self._check_fits(group, prompt, bucket, 'prompt')
       self._check_fits(group, response, width, 'response')
-      rows.append((*prompt, *response))
-      starts.append(len(prompt))
+      others = pad_ids([(True,) * len(prompt) + group.others_said], len(prompt) + len(response))[0]
+      tokens, mask = np.asarray((*prompt, *response)), others[0] == 0
+      parts[i] = [traces.Row(tokens, mask, 0 * mask, 0 * mask, mask, len(prompt))]
     blank = capacity - len(groups)
-    tokens, length = pad_ids([*rows, *[()] * blank], total)
-    start = np.asarray([*starts, *[0] * blank])[:, None]
-    column = np.arange(total)[None]
-    inside = column < length[:, None]
-    mask = inside & (column >= start)
-    ids = first_id + np.arange(capacity, dtype=np.int32)
-    valid = np.arange(capacity) < len(groups)
-    question = np.asarray([g.question for g in groups] + [-1] * blank, np.int32)
-    kind = np.asarray([g.kind for g in groups] + [0] * blank, np.int32)
-    zeros = np.zeros((capacity, total), np.int32)
-    rollout = types.Rollout(
-      tokens=tokens, segment_ids=inside.astype(np.int32),
-      positions=np.where(inside, column, 0).astype(np.int32), loss_mask=mask,
-      behavior_logp=zeros.astype(np.float32), version=zeros, turn_id=mask.astype(np.int32),
-      group_id=ids, traj_id=ids, traj_tokens=mask.sum(1).astype(np.float32),
-      role_id=np.full(capacity, types.TEACHER, np.int32), kind=kind, question_id=question,
-      reward=valid.astype(np.float32), status=np.zeros(capacity, np.int32), valid=valid)
-    return jax.tree.map(jnp.asarray, rollout)
+    rollout = traces.pack(
+      parts, size=bucket + width, count=capacity, first_traj=first_id,
+      status=[types.FINISHED] * capacity, reward=[1.0] * len(groups) + [0.0] * blank,
+      group_id=first_id + np.arange(capacity), kind=[g.kind for g in groups] + [0] * blank,
+      question_id=[g.question for g in groups] + [-1] * blank)
+    return jax.tree.map(jnp.asarray, dataclasses.replace(
+      rollout, role_id=np.full(capacity, types.TEACHER, np.int32)))
 
   def _finish(self, rollout: types.Rollout, groups, size: int, capacity: int, *,
-              graded: bool, role: int) -> api.Drawn:
-    """Decodes and grades the rows, and puts the rewards into the rollout."""
+              graded: bool, role: int, texts: list[str] | None = None) -> api.Drawn:
+    """Decodes and grades the rows, and puts the rewards into the rollout. A row whose reward is NaN
+    keeps it."""
     slots = (*groups, *[None] * (capacity - len(groups)))
     with self._timer('reward'):
-      texts = self._texts(rollout, len(groups) * size, role)
+      texts = self._texts(rollout, len(groups) * size, role) if texts is None else texts
       reward, answers = hosts.fetch(rollout.reward), [None] * len(texts)
       if graded and groups:
         examples = [self.example(g.question) for g in groups for _ in range(size)]
         scores, answers = self._grade(texts, examples)
-        reward = np.pad(scores, (0, capacity * size - len(texts)))
+        scores = np.pad(scores, (0, capacity * size - len(texts)))
+        reward = np.where(np.isnan(reward), reward, scores).astype(np.float32)
         rollout = dataclasses.replace(rollout, reward=jnp.asarray(reward))
     blank = capacity * size - len(texts)
     return api.Drawn(rollout, slots, size, (*texts, *[''] * blank), (*answers, *[None] * blank),

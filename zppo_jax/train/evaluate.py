@@ -7,7 +7,8 @@ import dataclasses
 
 from zppo_jax.methods import api
 from zppo_jax.sampling import decode
-from zppo_jax.train.context import Setup, StepContext
+from zppo_jax.train.context import StepContext
+from zppo_jax.train.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,9 @@ def _kind_metrics(part: api.Drawn) -> dict[int, list[tuple[float, bool]]]:
   found: dict[int, list[tuple[float, bool]]] = {}
   for slot, group in enumerate(part.groups):
     if group is not None:
-      row = reward[slot]
+      row = reward[slot][np.isfinite(reward[slot])]  # NaN: a fault ended it
+      if not len(row):
+        continue
       found.setdefault(group.kind, []).append((float(row.mean()), bool(row.max() == row.min())))
   return found
 
@@ -32,7 +34,8 @@ def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
   if any(g is not None and g.response is not None for g in first.groups):
     return cost  # given rows: nobody sampled or graded them
   rows = valid[0]
-  reward = first.reward[rows]
+  reward = first.reward[rows & np.isfinite(first.reward)]
+  reward = reward if len(reward) else np.zeros(1)
   length, status = (x[rows] for x in hosts.fetch((first.rollout.traj_tokens, first.rollout.status)))
   found = {
     'reward/mean': float(reward.mean()), 'reward/std': float(reward.std()),
@@ -49,7 +52,7 @@ def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
     found[f'group/kind{kind}_accuracy'] = float(np.mean([a for a, _ in groups]))
     found[f'group/kind{kind}_zero_var_frac'] = float(np.mean([t for _, t in groups]))
   everything = [x for groups in by_kind.values() for x in groups]
-  found['reward/zero_var_frac'] = float(np.mean([t for _, t in everything]))
+  found['reward/zero_var_frac'] = float(np.mean([t for _, t in everything] or [1.0]))
   plain = [a for a, _ in by_kind.get(api.PLAIN, [])]
   bins = {'zero': lambda a: a <= 0, 'low': lambda a: 0 < a < 0.5, 'high': lambda a: 0.5 <= a < 1,
           'one': lambda a: a >= 1}

@@ -13,7 +13,7 @@ from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import place
 from zppo_jax.methods import api
 from zppo_jax.train import checkpoint, evaluate, prepare, state, step
-from zppo_jax.train.context import Setup
+from zppo_jax.train.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from zppo_jax.core.types import Message, ToolCall
 from zppo_jax.data.tasks import common
 
 _SYMBOLS = {ast.Add: '+', ast.Sub: '-', ast.Mult: '*', ast.Div: '/'}
@@ -24,6 +25,7 @@ class Config:
   parentheses: bool = False
   negative: bool = True  # may intermediate values and the answer fall below zero?
   bound: int = 10**9
+  tool: bool = False  # the worked trace calls a tool 'calculator' and reads its answer
 
   def __post_init__(self):
     errors = []
@@ -131,8 +133,15 @@ def generate(rng: np.random.Generator, config: Config) -> common.Problem:
     low = -config.bound if config.negative else 0
     if all(low <= v <= config.bound for _, v in steps):
       trace = common.boxed([text for text, _ in steps], str(value))
-      return common.Problem(question, str(value), trace, 'numeric_exact', {})
+      dialogue = _dialogue(question, str(value)) if config.tool else ()
+      return common.Problem(question, str(value), trace, 'numeric_exact', {}, dialogue)
   raise ValueError(f'arithmetic: no problem within bounds in {_MAX_TRIES} tries of {config}')
+
+
+def _dialogue(question: str, value: str) -> tuple[Message, ...]:
+  call = ToolCall('call_0', 'calculator', {'expression': question})
+  return (Message('assistant', '', (call,)), Message('tool', value, (), call.id, call.name),
+          Message('assistant', common.boxed([], value)))
 
 
 def _signed_terms(node: ast.expr, sign: int) -> list[str]:

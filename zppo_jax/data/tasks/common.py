@@ -34,13 +34,15 @@ class TaskSource(Protocol):
 
 
 class Problem(NamedTuple):
-  """One generated problem; `solution` is a worked trace that ends with the boxed answer."""
+  """One generated problem; `solution` is a worked trace that ends with the boxed answer,
+  `dialogue` one of several turns, with tools."""
 
   question: str
   answer: str
   solution: str
   verifier: str
   verifier_args: dict[str, Any]
+  dialogue: tuple[Message, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +185,7 @@ class ProceduralSource:
         'difficulty': self.task.difficulty(self.active),
       },
       solution=problem.solution,
+      dialogue=problem.dialogue,
     )
 
 

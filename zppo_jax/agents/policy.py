@@ -1,0 +1,113 @@
+"""The in-process policy as a client: exact tokens, log-probs and versions."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from zppo_jax.agents.records import Completion, GenRequest, ScoreRequest, TokenScores, Usage
+from zppo_jax.core import types
+from zppo_jax.data import templates
+from zppo_jax.models import decoder
+from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.params import Params
+from zppo_jax.sampling import conversations, decode, stops
+
+
+class PolicyClient:
+  """Answers from weights in this process, each conversation going on from its cache.
+
+  The only client whose answers may be trained on. Requests of one call that are drawn alike run
+  together. `key` and a request's seed name the noise; a request without a seed gets a fresh one.
+  """
+
+  capabilities: frozenset[str] = frozenset({'tokens', 'logprobs', 'score', 'train'})
+
+  def __init__(self, config: ModelConfig, params: Params, tokenizer: Any,
+               template: str | templates.Template, *, shape: conversations.Shape, key: jax.Array,
+               max_new_tokens: int = 256, version: int = 0):
+    self._config, self._params, self._version = config, params, version
+    self._tokenizer, self._template, self._key = tokenizer, template, key
+    self._stop_id = templates.stop_id(tokenizer, template)
+    self._most = max_new_tokens
+    self._chat = conversations.Conversations(config, shape)
+    self._fresh = itertools.count(2**31)
+
+  def update(self, params: Params, version: int) -> None:
+    """New weights from the next call on; what the slots hold is forgotten."""
+    self._params, self._version = params, version
+
+  def open(self, messages: Sequence[types.Message]) -> list[int]:
+    """Token ids of a chat, up to where the answer begins."""
+    return templates.render(self._tokenizer, messages, self._template)
+
+  def turn(self, messages: Sequence[types.Message]) -> list[int]:
+    """Token ids that follow an answer which ended by itself."""
+    return templates.render_turn(self._tokenizer, messages, self._template)
+
+  def generate(self, requests: Sequence[GenRequest]) -> list[Completion]:
+    """Completions in order, `n` per request. One that does not fit has finish 'error' and a reason;
+    the others are answered."""
+    found: dict[tuple[int, int], Completion] = {}
+    batches = collections.defaultdict(list)
+    for i, r in enumerate(requests):
+      settings = self._settings(r)
+      ids = tuple(r.token_ids if r.token_ids is not None else self.open(r.messages))
+      name = (next(self._fresh) if r.seed is None else r.seed) % 2**32
+      asked = [conversations.Request(ids, r.max_tokens, name, s) for s in range(r.n)]
+      try:
+        decode.check_settings(settings)
+        self._chat.check(asked[0], settings)
+      except (ValueError, IndexError) as error:
+        found |= {(i, s): Completion('', 'error', error=str(error)) for s in range(max(1, r.n))}
+        continue
+      batches[settings, r.stop] += [((i, s), a) for s, a in enumerate(asked)]
+    for (settings, stop), asked in batches.items():
+      found |= self._draw(settings, stop, asked)
+    return [found[k] for k in sorted(found)]
+
+  def _settings(self, r: GenRequest) -> decode.Settings:
+    return decode.Settings(
+      max_new_tokens=self._most, eos_ids=(self._stop_id,), temperature=float(r.temperature),
+      top_p=float(r.top_p), group_size=max(1, r.n) if r.temperature < decode.GREEDY_BELOW else 1)
+
+  def _draw(self, settings, stop, asked) -> dict[tuple[int, int], Completion]:
+    text = self._tokenizer.decode
+    answers = self._chat.generate(
+      self._params, [r for _, r in asked], key=self._key, settings=settings, version=self._version,
+      stop=stops.stop_strings(stop, text) if stop else None)
+    found = {}
+    for (name, r), a in zip(asked, answers):
+      said = text(a.tokens)
+      found[name] = Completion(
+        stops.cut(said, stop), 'stop' if a.stopped else 'length', a.tokens, a.logp, r.tokens,
+        self._version, Usage(len(r.tokens), len(a.tokens)))
+    return found
+
+  def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
+    """Log-probs at temperature 1, each row by itself. Raises ValueError on an empty prompt."""
+    found = []
+    for r in requests:
+      if not r.prompt_token_ids:
+        raise ValueError('prompt_token_ids must not be empty')
+      size = len(r.prompt_token_ids) + len(r.token_ids)
+      row = np.zeros((1, max(64, 1 << (size - 1).bit_length())), np.int32)  # few shapes
+      row[0, :size] = (*r.prompt_token_ids, *r.token_ids)
+      logp = _logp(self._config, self._params, row, np.asarray(size))
+      found.append(TokenScores(tuple(np.asarray(logp)[len(r.prompt_token_ids):size].tolist())))
+    return found
+
+
+@jax.jit(static_argnums=0)
+def _logp(config: ModelConfig, params: Params, row: jax.Array, size: jax.Array) -> jax.Array:
+  """f32[T], entry t the log-prob of token t of i32[1, T], of which `size` are there."""
+  ids = (jax.numpy.arange(row.shape[1])[None] < size).astype(jax.numpy.int32)
+  logits = decoder.forward(config, params, row, segment_ids=ids).logits[0]
+  logp = jax.nn.log_softmax(logits)[:-1]
+  chosen = jax.numpy.take_along_axis(logp, row[0, 1:, None], axis=1)[:, 0]
+  return jax.numpy.pad(chosen, (1, 0))
