@@ -17,7 +17,7 @@ from experiments.train import train
 from zppo_jax.launch import app
 from zppo_jax.train import metrics as metrics_lib
 
-SHARED = ('data', 'rollout', 'eval', 'log', 'launch', 'mesh')
+SHARED = ('data', 'rollout', 'eval', 'log', 'launch', 'mesh', 'agent')
 LABELS = {'zppo': 'ZPPO', 'grpo': 'GRPO+buffer'}
 
 

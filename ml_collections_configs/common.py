@@ -84,7 +84,8 @@ def base(preset):
   # rollout.max_new_tokens is the room for all of it. '{tools}' describes them to the policy.
   c.agent = dict(tools=(), parser='xml_tags' if tiny else 'hermes',
                  system='' if tiny else '{tools}',
-                 max_turns=4, turn_tokens=0)  # most answers; tokens of each, 0 = all left
+                 max_turns=4, turn_tokens=0,  # most answers; tokens of each, 0 = all left
+                 env='', env_args=dict())  # household, shop or babyai: its tasks instead of data
   c.optim = dict(learning_rate=3e-4 if tiny else 1e-6,
                  critic_learning_rate=1e-3 if tiny else 1e-5,
                  warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.999, eps=1e-8,

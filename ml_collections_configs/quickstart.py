@@ -15,7 +15,7 @@ def get_config(arg=None):
   preset = common.preset_name(arg or 'tiny')
   config = config_dict.ConfigDict()
   shared = common.base(preset)
-  for name in ('seed', 'data', 'rollout', 'log', 'eval', 'ckpt', 'launch', 'mesh'):
+  for name in ('seed', 'data', 'rollout', 'log', 'eval', 'ckpt', 'launch', 'mesh', 'agent'):
     config[name] = shared[name]
 
   config.student = sft.get_config(preset)

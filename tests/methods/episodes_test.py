@@ -16,6 +16,7 @@ from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
 from zppo_jax.data.tasks import sources
 from zppo_jax.envs import api as envs_api
+from zppo_jax.envs import household, source
 from zppo_jax.launch import validate
 from zppo_jax.methods import api
 from zppo_jax.sampling import score
@@ -141,6 +142,31 @@ def test_a_prompt_above_its_bucket_is_named(questions):
     step_context(questions).draw([api.Group(1, forced=(5,))], capacity=1, forced_tokens=1)
 
 
+def test_an_environment_asks_acts_and_rewards():
+  own = source.EnvSource('household', 'train', 4, dict(difficulty=1))
+  held_out = source.EnvSource('household', 'validation', 4, dict(difficulty=1))
+  asked = setup_lib.Questions(own, tiny.tokenizer(), 'plain')
+  example = own[1]
+  env = household.HouseholdEnv()
+  assert env.reset(envs_api.Task('t', example.meta), 0).text == example.messages[0].content
+  for say, told in zip(example.dialogue[::2], [*example.dialogue[1::2], None]):
+    result = env.step(say.content)
+    assert result.done == (told is None)
+    assert told is None or result.observation.text == told.content
+  assert result.reward == 1 and not {own[i].uid for i in range(4)} & {
+    held_out[i].uid for i in range(4)}
+  bucket = -(-max(len(asked.plain_ids(i)) for i in range(4)) // 64) * 64
+  ctx = step_context(asked, react.env_agent())
+  ctx = context.StepContext(dataclasses.replace(
+    ctx._setup, prompt_tokens=bucket, episodes=episodes.Episodes(
+      react.env_agent(), {}, 3, 56, household.HouseholdEnv)), tiny.weights(1), step=0, version=0)
+  drawn = ctx.draw([api.Group(1), api.Group(2)], capacity=2)
+  assert not drawn.reward.any() and drawn.answers == (None,) * 8  # nobody graded the texts
+  said = [asked.tokenizer.decode(t[(u > 0) & ~m]) for t, u, m in zip(*map(np.asarray, (
+    drawn.rollout.tokens, drawn.rollout.turn_id, drawn.rollout.loss_mask)))]
+  assert any('Nothing happens' in s for s in said), said
+
+
 def tool_config(get, **changes):
   c = get('tiny')
   with c.unlocked():
@@ -179,7 +205,11 @@ def test_grpo_over_turns_from_a_config(tmp_path):
   ('agent', dict(parser='hermess'), "did you mean 'hermes'"),
   ('agent', dict(turn_tokens=65), 'turn_tokens: 65 is more than rollout.max_new_tokens = 64'),
   ('agent', dict(max_turns=0), 'agent.max_turns'),
-  ('agent', dict(parser='code_block'), 'agent.parser')])
+  ('agent', dict(parser='code_block'), 'agent.parser'),
+  ('agent', dict(env='houshold'), "did you mean 'household'"),
+  ('agent', dict(env='household'), 'has no tools: leave them out'),
+  ('agent', dict(tools=(), env='household', env_args=dict(difficulty=9)), 'agent.env_args'),
+  ('agent', dict(tools=(), env='shop', env_args=dict(dificulty=1)), 'dificulty')])
 def test_bad_sections_are_named(section, values, part):
   c = tool_config(grpo.get_config)
   c[section].update(values)

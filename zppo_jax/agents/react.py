@@ -97,14 +97,15 @@ def _complaints(state: State) -> tuple[types.Message, ...]:
 def env_agent(*, system: str = '', parser: str | None = None) -> loop.Agent:
   """Says an action to every observation: the last line of an answer, or its first call.
 
+  task.args['messages'], if there, ask in the place of the first observation.
   With a `parser` an answer without a call that can be read goes to the environment as it is, which
   says what it makes of it.
   """
   before = (types.Message('system', system),) if system else ()
 
   def init(task: api.Task, observation: api.Observation):
-    del task
-    return _ask((*before, types.Message('user', observation.text)))
+    first = task.args.get('messages') or (types.Message('user', observation.text),)
+    return _ask((*before, *first))
 
   def observe(state: State, event):
     if isinstance(event, api.StepResult):

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import batches
 from zppo_jax.data import tokenizer as tokenizer_lib
@@ -49,6 +51,8 @@ def task_spec(config: Any, split: str) -> dict[str, Any]:
 
 def build_source(config: Any, split: str):
   """Task source of a split. Raises UserError with the data layer's own message."""
+  if config.agent.env:
+    return turns.env_source(config, split)
   try:
     return sources.build_source(task_spec(config, split))
   except ValueError as error:
@@ -115,9 +119,14 @@ def longest(questions: Questions, limit: int = TOKENIZER_TEXTS) -> tuple[int, in
   source = questions.source
   rows = len(source) if hasattr(source, 'examples') else min(limit, len(source))
   prompt = max((len(questions.plain_ids(i)), i) for i in range(rows))
-  response = max((len(questions.tokenizer.encode(questions.example(i).solution or '')) + 1, i)
-                 for i in range(rows))
+  response = max((len(_given(questions, questions.example(i))) + 1, i) for i in range(rows))
   return *prompt, *response
+
+
+def _given(questions: Questions, example: types.Example) -> Sequence[int]:
+  if example.dialogue:
+    return questions.worked(example)[0]
+  return questions.tokenizer.encode(example.solution or '')
 
 
 def check_lengths(questions: Questions, *, prompt_tokens: int, response_tokens: int | None) -> None:
