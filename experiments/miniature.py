@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.miniatures import calculator, fg2_gdn, zppo
 from zppo_jax.core.errors import UserError
@@ -124,6 +124,7 @@ def execute(name: str, num_seeds: int, folder: str | None) -> int:
 
 def main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
+  logging.set_verbosity(logging.WARNING)  # checkpoints are talkative
   try:
     if len(argv) > 1:
       raise UserError(f'unexpected argument {argv[1]!r}: flags start with --')

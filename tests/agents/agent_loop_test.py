@@ -131,10 +131,11 @@ def test_log_probs_of_the_client_are_those_of_the_model():
 def test_a_request_that_does_not_fit_leaves_the_others_alone():
   ask = lambda **k: GenRequest(**dict(messages=(Message('user', 'a'),), max_tokens=4, seed=1) | k)
   found = client().generate([ask(), ask(token_ids=(3,) * 200), ask(max_tokens=99),
-                             ask(temperature=0.0, n=2), ask(temperature=-1.0), ask()])
+                             ask(temperature=0.0, n=2), ask(temperature=-1.0), ask(n=0),
+                             ask(stop=('',)), ask(messages=()), ask(tools=tuple(SPECS)), ask()])
   reasons = ['', '200 tokens and 4 new ones are more than', 'max_tokens must lie in 1..12',
              'temperature 0 draws 2 equal', 'temperature 0 draws 2 equal', 'temperature must be',
-             '']
+             'n must be at least 1', 'stop strings must not be empty', 'no messages', 'tools:', '']
   for completion, reason in zip(found, reasons, strict=True):
     assert (completion.finish == 'error') == bool(reason) and reason in completion.error
   assert found[0].token_ids == found[-1].token_ids

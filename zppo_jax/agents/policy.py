@@ -57,19 +57,31 @@ class PolicyClient:
     batches = collections.defaultdict(list)
     for i, r in enumerate(requests):
       settings = self._settings(r)
-      ids = tuple(r.token_ids if r.token_ids is not None else self.open(r.messages))
-      name = (next(self._fresh) if r.seed is None else r.seed) % 2**32
-      asked = [conversations.Request(ids, r.max_tokens, name, s) for s in range(r.n)]
       try:
-        decode.check_settings(settings)
-        self._chat.check(asked[0], settings)
-      except (ValueError, IndexError) as error:
+        asked = self._check(r, settings)
+      except ValueError as error:
         found |= {(i, s): Completion('', 'error', error=str(error)) for s in range(max(1, r.n))}
         continue
       batches[settings, r.stop] += [((i, s), a) for s, a in enumerate(asked)]
     for (settings, stop), asked in batches.items():
       found |= self._draw(settings, stop, asked)
     return [found[k] for k in sorted(found)]
+
+  def _check(self, r: GenRequest, settings: decode.Settings) -> list[conversations.Request]:
+    """What to draw; raises ValueError naming what is wrong with the request."""
+    decode.check_settings(settings)
+    if r.n < 1:
+      raise ValueError(f'n must be at least 1, got {r.n}')
+    if not all(r.stop):
+      raise ValueError(f'stop strings must not be empty, got {r.stop}')
+    if r.tools:
+      raise ValueError('tools: this client knows no format for them, describe them in a message '
+                       '(parsing.tools_text)')
+    ids = tuple(r.token_ids if r.token_ids is not None else self.open(r.messages))
+    name = (next(self._fresh) if r.seed is None else r.seed) % 2**32
+    asked = [conversations.Request(ids, r.max_tokens, name, s) for s in range(r.n)]
+    self._chat.check(asked[0], settings)
+    return asked
 
   def _settings(self, r: GenRequest) -> decode.Settings:
     return decode.Settings(
