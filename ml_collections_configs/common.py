@@ -48,7 +48,7 @@ def fields(**types):
 def arithmetic_tasks():
   """Embedded verifiable questions: sums, modular maths, and third-party arithmetic in words."""
   return dict(
-    sums=dict(name='arithmetic', digits=1, terms=3, weight=1.0),
+    sums=dict(name='arithmetic', digits=1, terms=3, operators='+-', tool=False, weight=1.0),
     modular=dict(name='modmath', weight=1.0),
     calculate=dict(name='reasoning_gym', dataset='basic_arithmetic', weight=1.0,
                    config=dict(min_terms=3, max_terms=3, min_digits=1, max_digits=1,

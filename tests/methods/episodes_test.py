@@ -79,6 +79,11 @@ def test_rows_of_a_draw_are_whole_episodes_and_scores_agree(questions):
   np.testing.assert_array_equal(r.traj_tokens, r.loss_mask.sum(1))
   found = ctx.metrics()
   assert found['episode/tool_calls'] > 0.5 and found['episode/tool_error_frac'] == 0
+  shown = observe.readable([drawn], ctx, 12)
+  turns = [row['turns'] for row in shown if 'turns' in row]
+  assert turns and all([t['by'] for t in row] == (['policy', 'environment'] * 3)[:len(row)]
+                       for row in turns)
+  assert turns[0][1]['text'] == str(7 * len(turns[0][0]['text']))
   again = step_context(questions, asks_twice(), slots=3).draw(groups, capacity=4, first_id=20)
   np.testing.assert_array_equal(again.rollout.tokens, r.tokens)
 

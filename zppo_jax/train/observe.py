@@ -84,5 +84,19 @@ def readable(parts: Sequence[api.Drawn], ctx, max_rows: int) -> list[dict[str, A
       messages = group.messages or example.messages
       found.append({'question': example.uid, 'kind': group.kind, 'prompt': messages[-1].content,
                     'response': part.texts[row], 'parsed': part.answers[row],
-                    'answer': example.answer, 'reward': float(part.reward[row])})
+                    'answer': example.answer, 'reward': float(part.reward[row]),
+                    **_turns(part.rollout, row, ctx)})
   return found
+
+
+def _turns(rollout: types.Rollout, row: int, ctx) -> dict[str, list[dict[str, str]]]:
+  """Who said what, where a row has several turns."""
+  tokens, mask, turn = hosts.fetch((rollout.tokens[row], rollout.loss_mask[row],
+                                    rollout.turn_id[row]))
+  if turn.max(initial=0) < 2:
+    return {}
+  inside = turn > 0
+  tokens, mask = tokens[inside], mask[inside]
+  cuts = np.flatnonzero(np.diff(mask)) + 1
+  return {'turns': [{'by': 'policy' if own[0] else 'environment', 'text': ctx.decode(ids.tolist())}
+                    for ids, own in zip(np.split(tokens, cuts), np.split(mask, cuts))]}
