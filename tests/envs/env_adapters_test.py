@@ -149,13 +149,31 @@ def test_textworld_game_is_won_and_replayed(tmp_path):
   first = copy_of.reset(task, 0)
   assert first.text.startswith(copy_of._env._state.objective)  # no banner before it
   assert '-=' not in first.text.splitlines()[-1] and first.text.count('>') == 0
-  for action in ('quit', 'save', '', 'xyzzy', '\x00é', first.admissible[0]):
+  for action in ('quit', 'Look. Save', '\x00', 'xyzzy', 'look\x00é', first.admissible[0]):
     result = copy_of.step(action)
-    assert not result.done
+    assert not result.done and result.info['valid'] == (
+      action not in ('quit', 'Look. Save', '\x00')
+    )
   twin = copy_of.clone()
   assert twin.step('inventory').observation == copy_of.step('inventory').observation
   for each in (twin, copy_of):
     each.close()
+
+
+@pytest.mark.parametrize(
+  ('action', 'expected'),
+  [
+    (' go\x00\n north ', 'go north'),
+    ('take the script', 'take the script'),
+    ('QUIT', ''),
+    ('look then undo', ''),
+    ('look. save', ''),
+    ('', ''),
+    ((), ''),
+  ],
+)
+def test_textworld_hears_only_what_is_for_the_game(action, expected):
+  assert textworld.command(action) == expected
 
 
 def test_textworld_text_is_tidied():

@@ -60,6 +60,7 @@ class _Held:
   """What a slot holds, and which request it works on; `used` orders idle slots by age."""
 
   tokens: tuple[int, ...] = ()
+  anchors: dict[int, int] = dataclasses.field(default_factory=dict)  # length -> hash up to there
   work: int | None = None
   used: int = 0
   seen: int = 0  # response tokens that a stop was looked for in
@@ -78,6 +79,7 @@ class Conversations:
     self.config, self.shape = config, shape
     self._whole = bool(set(config.mixers) & set(DELTA_KINDS))  # a recurrence cannot be cut
     self._slots, self._held, self._facts, self._clock = None, [], None, 0
+    self._weights = np.random.default_rng(0).integers(2**63, size=shape.context, dtype=np.uint64)
 
   def check(self, request: Request, settings: decode.Settings) -> None:
     """Raises ValueError naming what does not fit."""
@@ -102,11 +104,12 @@ class Conversations:
       self.check(request, settings)
     self._renew(key, settings, version)
     blocks = slots_lib.split_blocks(self.config, params)
+    hashes = [self._hashes(r.tokens) for r in requests]
     answers: list[Answer | None] = [None] * len(requests)
     reused: dict[int, int] = {}
     left = collections.deque(range(len(requests)))
     while left or any(h.work is not None for h in self._held):
-      placed = self._place(left, requests)
+      placed = self._place(left, requests, hashes)
       if placed:
         reused |= self._admit(blocks, placed, requests, key, settings)
       self._slots, _, _ = slots_lib.steps(self.config, blocks, self._slots, most=self.shape.steps,
@@ -118,11 +121,26 @@ class Conversations:
         tokens, logp, kept = (None if x is None else tuple(x[slot, :size].tolist())
                               for x in (tokens, logp, kept))
         answers[work] = Answer(tokens, logp, stopped, kept, reused[work])
-        whole = size == length[slot] or not self._whole
         self._clock += 1
-        self._held[slot] = _Held(requests[work].tokens + tokens if whole else (),
-                                 used=self._clock)
+        self._hold(slot, requests[work].tokens, tokens, cut=size < length[slot])
     return answers
+
+  def _hold(self, slot: int, asked: tuple[int, ...], said: tuple[int, ...], *, cut: bool) -> None:
+    """Notes what a slot holds now, and up to where others may share it: the ends of all turns."""
+    tokens, known = asked + said, self._held[slot].anchors
+    if self._whole:
+      ends = () if cut else (len(tokens),)
+      tokens = () if cut else tokens
+    else:
+      ends = (*(n for n in known if n < len(asked)), len(asked), len(tokens))
+    hashes = self._hashes(tokens)
+    self._held[slot] = _Held(tokens, {n: int(hashes[n]) for n in ends}, used=self._clock)
+
+  def _hashes(self, tokens: tuple[int, ...]) -> np.ndarray:
+    """Entry n is a hash of the first n tokens, u64[len + 1]."""
+    ids = np.asarray(tokens, np.uint64) + np.uint64(1)
+    sums = np.cumsum(ids * self._weights[:len(tokens)], dtype=np.uint64)
+    return np.concatenate([np.zeros(1, np.uint64), sums])
 
   def _renew(self, key, settings, version: int) -> None:
     """Slots are made anew for other settings, and forgotten with other weights."""
@@ -135,51 +153,57 @@ class Conversations:
       self._held = [_Held() for _ in range(self.shape.slots)]
     self._facts = settings, version
 
-  def _common(self, held: _Held, tokens: tuple[int, ...]) -> int:
-    """Leading tokens of a request that a slot need not run again; one is run for its logits,
-    unless the slot holds just these tokens."""
-    if held.tokens == tokens[:len(held.tokens)]:
-      return len(held.tokens) if self._whole else min(len(held.tokens), len(tokens) - 1)
-    if self._whole:
+  def _shared(self, slot: int, tokens: tuple[int, ...], at: int) -> int:
+    """Tokens of a request that a slot need not run again, which agree up to an anchor `at`. One is
+    run for its logits, unless the slot holds just these tokens."""
+    held = self._held[slot].tokens
+    if held[:at] != tokens[:at]:
       return 0
-    pairs = zip(held.tokens, tokens[:-1])
-    return next((i for i, (a, b) in enumerate(pairs) if a != b),
-                min(len(held.tokens), len(tokens) - 1))
+    return at if len(held) == at else min(at, len(tokens) - 1)
 
-  def _place(self, left, requests) -> list[tuple[int, int]]:
-    """(slot, request) pairs: first to slots that hold a part of it, then to the oldest idle."""
-    idle = {i for i, h in enumerate(self._held) if h.work is None}
-    shared = sorted(((self._common(self._held[i], requests[work].tokens), -at, i)
-                     for i in idle if self._held[i].tokens for at, work in enumerate(left)),
-                    reverse=True)
-    chosen: dict[int, int] = {}  # place in the queue -> slot
-    for common, at, slot in shared:
-      if common and slot in idle and -at not in chosen:
-        idle.remove(slot)
-        chosen[-at] = slot
+  def _place(self, left, requests, hashes) -> list[tuple[int, int, int]]:
+    """(slot, request, tokens shared) of what starts now: first where a slot holds a part of it,
+    the longest parts first, then in the oldest idle slots."""
+    idle = {i: self._held[i] for i in range(self.shape.slots) if self._held[i].work is None}
+    holders = collections.defaultdict(list)
+    for i, h in idle.items():
+      for pair in h.anchors.items():
+        holders[pair].append(i)
+    lengths = sorted({n for n, _ in holders}, reverse=True)
+    found = []
+    for at, work in enumerate(left):
+      h = hashes[work]
+      found += [(n, -at) for n in lengths if n < len(h) and (n, int(h[n])) in holders]
+    waiting, chosen = list(left), {}
+    for n, at in sorted(found, reverse=True):
+      work = waiting[-at]
+      slot = next((i for i in holders[n, int(hashes[work][n])] if i in idle), None)
+      if -at not in chosen and slot is not None:
+        if shared := self._shared(slot, requests[work].tokens, n):
+          chosen[-at] = slot, work, shared
+          del idle[slot]
     oldest = collections.deque(sorted(idle, key=lambda i: (self._held[i].used, i)))
-    for at in range(len(left)):
+    for at in range(len(waiting)):
       if at not in chosen and oldest:
-        chosen[at] = oldest.popleft()
-    waiting = list(left)
+        chosen[at] = oldest.popleft(), waiting[at], 0
     left.clear()
     left.extend(work for at, work in enumerate(waiting) if at not in chosen)
-    for at, slot in chosen.items():
-      self._held[slot].work = waiting[at]
-    return [(slot, waiting[at]) for at, slot in sorted(chosen.items())]
+    for slot, work, _ in chosen.values():
+      self._held[slot].work = work
+    return [chosen[at] for at in sorted(chosen)]
 
   def _admit(self, blocks, placed, requests, key, settings) -> dict[int, int]:
     """Appends what is missing, once per distinct conversation, and starts the rows."""
     rows, room = self.shape.slots, self.shape.context
     first: dict[tuple[int, ...], int] = {}  # conversation -> the slot that runs it
     source, held, reused = {}, np.zeros(rows, np.int32), {}
-    for slot, work in placed:
+    for slot, work, shared in placed:
       tokens = requests[work].tokens
-      reused[work] = held[slot] = self._common(self._held[slot], tokens)
-      if tokens in first and not held[slot]:
+      reused[work] = held[slot] = shared
+      if tokens in first and not shared:
         source[slot], reused[work] = first[tokens], len(tokens)
       first.setdefault(tokens, slot)
-    missing = {slot: requests[work].tokens[held[slot]:] for slot, work in placed
+    missing = {slot: requests[work].tokens[shared:] for slot, work, shared in placed
                if slot not in source}
     self._append(blocks, held, missing)
     if source:
@@ -189,8 +213,10 @@ class Conversations:
       self._slots = slots_lib.copy(self._slots, origin, target)
     prompt, here = np.zeros((rows, room), np.int32), np.zeros(rows, bool)
     facts = np.zeros((4, rows), np.int64)
-    for slot, work in placed:
+    for slot, work, shared in placed:
       r = requests[work]
+      known = {} if slot in source else self._held[slot].anchors
+      self._held[slot].anchors = {n: h for n, h in known.items() if n <= shared}
       prompt[slot, :len(r.tokens)], here[slot] = r.tokens, True
       facts[:, slot] = len(r.tokens), r.name, r.sample, r.max_tokens
       self._held[slot].tokens, self._held[slot].seen = r.tokens, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,18 @@ def make(path: str | os.PathLike) -> api.Task:
   """The game in a file `*.z8` or `*.ulx`, its `*.json` beside it."""
   path = os.fspath(path)
   return api.Task(f'textworld/{os.path.basename(path)}', {'path': path}, group='textworld')
+
+
+def command(action: str | Sequence[types.ToolCall]) -> str:
+  """The action as one line for the game; '' if it is none or has a sentence for the interpreter.
+
+  A NUL would cut the line short, and the interpreter would wait for its end for ever.
+  """
+  if not isinstance(action, str):
+    return ''
+  text = ' '.join(''.join(c if c.isprintable() else ' ' for c in action).split())
+  sentences = (s.split() for s in re.split(r'[.,;]|\bthen\b', text.lower()))
+  return '' if any(s and s[0] in REFUSED for s in sentences) else text
 
 
 def tidy(feedback: str) -> str:
@@ -53,8 +66,8 @@ class TextWorldEnv:
 
   def step(self, action: str | Sequence[types.ToolCall]) -> api.StepResult:
     """Tool calls and commands to the interpreter change nothing: `info['valid']` is false."""
-    text = ' '.join(action.split()) if isinstance(action, str) else ''
-    if self._over or not text or text.lower().split()[0] in REFUSED:
+    text = command(action)
+    if self._over or not text:
       said = 'The game is over.' if self._over else 'Nothing happens.'
       now = api.Observation(said, self._see().admissible)
       return api.StepResult(now, 0.0, self._over, self._progress, {'valid': False})
