@@ -88,7 +88,7 @@ def plot(panels: Mapping[str, Mapping[str, np.ndarray]], axes: tuple[str, str], 
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
   drawn[0].set_ylabel(axes[1])
-  figure.suptitle(f'{title}; mean and standard error over seeds')
+  figure.suptitle(f'{title}\nmean and standard error over seeds')
   figure.savefig(path, dpi=110)
 
 
