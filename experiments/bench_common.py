@@ -1,10 +1,8 @@
-"""What both speed benches share: sizes, the peer process, checks, paired timing and the report.
+"""What both speed benches share: sizes, peer processes, checks, paired timing and the report.
 
-The peer is the same model in Tunix 0.1.7, in a virtualenv of its own and a process of its own:
-  python3.11 -m venv .venv-tunix
-  .venv-tunix/bin/pip install google-tunix==0.1.7 jax==0.10.2 flax==0.12.8
-A ratio is taken pair by pair in one run (ours, peer, peer, ours, ...) and is printed only when all
-checks of the run have passed.
+A peer is the same model in another library, in a virtualenv and a process of its own. A ratio is
+taken pair by pair in one run (ours, peer, peer, ours, ...) and is printed only when all checks of
+the run have passed.
 """
 
 from __future__ import annotations
@@ -30,8 +28,10 @@ from zppo_jax.models import ModelConfig
 from zppo_jax.models.params import Params
 from zppo_jax.sampling import decode
 
+TUNIX = 'tunix'
 WORKER = pathlib.Path(__file__).with_name('bench_tunix.py')
 PARTS = ('call', 'compiled')  # what a user waits for, and the compiled programs alone
+Timings = dict[str, dict[str, list[float]]]  # seconds of each run: {part: {side: [...]}}
 UNREACHABLE = -1  # an end-of-sequence id that no sampler draws: all samples are equally long
 
 
@@ -137,6 +137,7 @@ class Peer:
     path = os.path.join(self._folder.name, 'inputs.npz')
     np.savez(path, **arrays)
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    env['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # a first call compiles
     self._process = subprocess.Popen([python, str(worker)], stdin=subprocess.PIPE, text=True,
                                      stdout=subprocess.PIPE, stderr=self._log, env=env)
     self.facts = self.ask(kind=kind, spec=dataclasses.asdict(spec), arrays=path,
@@ -153,7 +154,7 @@ class Peer:
     self._log.seek(0)
     end = self._log.read()[-2000:]
     self.close()
-    raise UserError(f'peer_python: its worker has died:\n{end}')
+    raise UserError(f'the worker of {self._process.args[0]} has died:\n{end}')
 
   def close(self) -> None:
     """Ends the worker and removes its files; a second call does nothing."""
@@ -172,65 +173,64 @@ def seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
   return time.perf_counter() - start, out
 
 
-@dataclasses.dataclass
-class Timings:
-  """Seconds per run: {part: [seconds]} on each side; peer lists are empty without a peer."""
-
-  ours: dict[str, list[float]]
-  peer: dict[str, list[float]]
-
-
-def interleave(pairs: int, ours: Callable[[], dict[str, float]],
-               peer: Callable[[], dict[str, float]] | None) -> Timings:
-  """Runs ours and the peer in turn; who goes first alternates, too."""
-  found = Timings({p: [] for p in PARTS}, {p: [] for p in PARTS})
+def interleave(pairs: int, sides: dict[str, Callable[[], dict[str, Any]]],
+               parts: Sequence[str] = PARTS) -> Timings:
+  """Runs the sides in turn; who goes first alternates, too."""
+  found = {part: {side: [] for side in sides} for part in parts}
   for i in range(pairs):
-    sides = [(found.ours, ours)] + ([(found.peer, peer)] if peer else [])
-    for into, run in sides if i % 2 == 0 else sides[::-1]:
-      result = run()
-      for part in PARTS:
-        into[part].append(result[part])
+    for side in list(sides)[::1 if i % 2 == 0 else -1]:
+      result = sides[side]()
+      for part in parts:
+        found[part][side].append(result[part])
   return found
 
 
+def _spread(side: str, took: np.ndarray, ours: np.ndarray) -> dict[str, float]:
+  """The paired ratio to a peer; the keys of Tunix, the first peer, are bare."""
+  name, ratio = 'ratio' if side == TUNIX else f'{side}_ratio', took / ours
+  at = np.quantile(ratio, (0.5, 0.25, 0.75, 0, 1))
+  return dict(zip((name, f'{name}_q1', f'{name}_q3', f'{name}_min', f'{name}_max'), at))
+
+
 def summary(timings: Timings, tokens: int) -> dict[str, dict[str, float]]:
-  """Per part: tokens/s of both sides at the median, and the paired ratio with its spread."""
+  """Per part: seconds and tokens/s of every side at the median; paired ratios with their spread."""
   out = {}
-  for part in PARTS:
-    ours, peer = np.asarray(timings.ours[part]), np.asarray(timings.peer[part])
-    row = {'ours_seconds': np.median(ours), 'ours_tokens_per_s': tokens / np.median(ours)}
-    if len(peer):
-      ratio = peer / ours
-      row |= {'tunix_seconds': np.median(peer), 'tunix_tokens_per_s': tokens / np.median(peer),
-              'ratio': np.median(ratio), 'ratio_q1': np.quantile(ratio, 0.25),
-              'ratio_q3': np.quantile(ratio, 0.75), 'ratio_min': ratio.min(),
-              'ratio_max': ratio.max()}
+  for part, runs in timings.items():
+    row, ours = {}, np.asarray(runs['ours'])
+    for side, took in runs.items():
+      row |= {f'{side}_seconds': np.median(took), f'{side}_tokens_per_s': tokens / np.median(took)}
+      row |= _spread(side, np.asarray(took), ours) if side != 'ours' else {}
     out[part] = {k: float(v) for k, v in row.items()}
   return out
+
+
+def _lines(timings: Timings, tokens: int):
+  """The table, a line per part and side."""
+  for (part, runs), row in zip(timings.items(), summary(timings, tokens).values()):
+    for side, took in runs.items():
+      line = (f'{part:8s} {side:12s} {row[f"{side}_seconds"]:7.2f} s '
+              f'{row[f"{side}_tokens_per_s"]:8.0f} tokens/s')
+      if side != 'ours':
+        mid, *at = _spread(side, np.asarray(took), np.asarray(runs['ours'])).values()
+        line += (f', ratio {mid:.2f} (quartiles {at[0]:.2f}-{at[1]:.2f}, range {at[2]:.2f}-'
+                 f'{at[3]:.2f}, {len(took)} pairs), our time {1 / mid:.2f} of its')
+      yield line
 
 
 def report(name: str, what: str, spec: Spec, timings: Timings, tokens: int,
            checks: Sequence[Check], facts: dict[str, Any], out: str | None) -> dict[str, Any]:
   """Refuses on a failed check; otherwise prints the table and writes NAME.json and NAME.png."""
   require(checks)
-  rows = summary(timings, tokens)
   ours = {'jax': jax.__version__, 'platform': jax.default_backend(), 'cpus': os.cpu_count()}
   print(f'{name}: {what}')
-  print(f'ours {ours}; ' + (f'tunix {facts}' if facts else
-                            'no --peer_python: only our own figures, no ratio'))
-  for check in checks:
-    print(f'  check {check.name}: {check.value:.3g} <= {check.bound:.3g}')
-  for part, row in rows.items():
-    line = f'  {part:9s} ours {row["ours_tokens_per_s"]:10.0f} tokens/s'
-    if 'ratio' in row:
-      line += (f', tunix {row["tunix_tokens_per_s"]:10.0f}, ratio {row["ratio"]:.2f} '
-               f'(quartiles {row["ratio_q1"]:.2f}-{row["ratio_q3"]:.2f}, '
-               f'range {row["ratio_min"]:.2f}-{row["ratio_max"]:.2f}, '
-               f'{len(timings.peer[part])} pairs)')
-    print(line)
+  print(f'ours {ours}; ' + ('; '.join(f'{side} {fact}' for side, fact in facts.items()) or
+                            'no python of a peer: only our own figures, no ratio'))
+  found = [f'check {c.name}: {c.value:.3g} <= {c.bound:.3g}' for c in checks]
+  for line in [*found, *_lines(timings, tokens)]:
+    print(f'  {line}')
   result = dict(name=name, what=what, spec=dataclasses.asdict(spec), tokens=tokens, versions=ours,
-                peer=facts, checks=[dataclasses.asdict(c) for c in checks], results=rows,
-                seconds=dataclasses.asdict(timings))
+                peers=facts, checks=[dataclasses.asdict(c) for c in checks],
+                results=summary(timings, tokens), seconds=timings)
   if out:
     _write(out, name, result)
   return result
@@ -242,41 +242,40 @@ def _write(folder: str, name: str, result: dict[str, Any]) -> None:
   place = pathlib.Path(folder)
   place.mkdir(parents=True, exist_ok=True)
   (place / f'{name}.json').write_text(json.dumps(result, indent=1))
-  figure = Figure(figsize=(4, 2.6), layout='constrained')
+  figure = Figure(figsize=(6.4, 2.6), layout='constrained')
   axes = figure.subplots()
-  for side, shift in (('ours', -0.2), ('tunix', 0.2)):
-    height = [row.get(f'{side}_tokens_per_s', 0) for row in result['results'].values()]
-    if any(height):
-      bars = axes.bar(np.arange(len(height)) + shift, height, 0.38, label=side)
-      axes.bar_label(bars, fmt='%.3g', fontsize=8)
-  axes.set_xticks(range(len(PARTS)), ('whole call', 'compiled part'))
-  axes.set_ylabel('tokens/s')
-  axes.set_title(name)
-  axes.legend(frameon=False, loc='lower right')
+  rows, sides = result['results'], list(result['seconds'][PARTS[0]])
+  width = 0.8 / len(sides)
+  for i, side in enumerate(sides):
+    bars = axes.bar(np.arange(len(rows)) + i * width,
+                    [row[f'{side}_tokens_per_s'] for row in rows.values()], width, label=side)
+    axes.bar_label(bars, fmt='%.0f', fontsize=7)
+  axes.set_xticks(np.arange(len(rows)) + 0.4 - width / 2, list(rows))
+  axes.set(ylabel='tokens/s', title=name)
+  figure.legend(frameon=False, loc='outside right upper')
   axes.spines[['top', 'right']].set_visible(False)
   figure.savefig(place / f'{name}.png', dpi=110)
 
 
 def bench(name: str, make_ours: Callable, make_theirs: Callable, spec: Spec, *, warmups: int,
-          pairs: int, peer_python: str = '', out: str | None = None) -> dict[str, Any]:
-  """Warm-up and checks on each side, then the timed pairs, the checks again, and the report."""
-  ours = make_ours(spec)
-  for _ in range(warmups):
-    ours.run()
-  require(ours.checks())
-  theirs = make_theirs(ours, peer_python) if peer_python else None
-  try:
-    if theirs:
+          pairs: int, peer_python: str = '', others: dict[str, Callable] | None = None,
+          after: Callable[[Any], Timings] = lambda ours: {}, out: str | None = None) -> dict:
+  """Warm-up and checks on each side, timed pairs, checks and report; `after` times more parts."""
+  peers = {TUNIX: lambda ours: make_theirs(ours, peer_python)} if peer_python else {}
+  ours, sides = make_ours(spec), {}
+  with contextlib.ExitStack() as stack:
+    for side, make in {'ours': lambda ours: ours, **peers, **(others or {})}.items():
+      sides[side] = make(ours)
+      if side != 'ours':
+        stack.callback(sides[side].peer.close)
       for _ in range(warmups):
-        theirs.run()
-      require(theirs.checks())
-    timings = interleave(pairs, ours.run, theirs.run if theirs else None)
-    checks = ours.checks() + (theirs.checks() if theirs else [])  # of the timed runs themselves
-  finally:
-    if theirs:
-      theirs.peer.close()
-  return report(name, ours.describe(), spec, timings, ours.tokens(), checks,
-                theirs.peer.facts if theirs else {}, out)
+        sides[side].run()
+      require(sides[side].checks())
+    timings = interleave(pairs, {k: side.run for k, side in sides.items()})
+    checks = [check for side in sides.values() for check in side.checks()]  # of the timed runs
+  facts = {k: side.peer.facts for k, side in sides.items() if side is not ours}
+  return report(name, ours.describe(), spec, timings | after(ours), ours.tokens(), checks, facts,
+                out)
 
 
 def main(run: Callable) -> None:
