@@ -1,5 +1,7 @@
 """Times the delta rule: python -m experiments.bench_kernels [--time=4096 --heads=8 --out=DIR]
 
+(or, with --kernel=tls_attention, sparse decoding: bench_tls.py)
+
 On this machine, ours against the token scan and, with --peer_python, against the chunked rule of
 transformers in torch, in turn and in one run:
   python3.11 -m venv .venv-torch
@@ -208,6 +210,10 @@ def main(argv) -> None:
   for name in ('time', 'heads', 'key', 'value', 'repeats'):
     if f[name].value < 1:
       raise UserError(f'--{name} must be at least 1, got {f[name].value}')
+  if f.kernel == 'tls_attention':
+    from experiments import bench_tls
+    bench_tls.run([int(n) for n in f.lengths], f.dtypes, f.repeats, f.out)
+    return
   shape = Shape(f.time, f.heads, f.key, f.value)
   if f.aot:
     from experiments import bench_kernels_aot, bench_kernels_tokamax
@@ -225,6 +231,11 @@ def main(argv) -> None:
 
 
 def define_flags() -> None:
+  flags.DEFINE_enum('kernel', 'delta_rule', ['delta_rule', 'tls_attention'],
+                    'What to time; the second: see bench_tls.')
+  flags.DEFINE_list('lengths', ['16384', '49152', '98304', '131072'], 'Contexts of tls_attention.')
+  flags.DEFINE_multi_enum('dtypes', ['float32', 'bfloat16'], ['float32', 'bfloat16'],
+                          'Of tls_attention.')
   flags.DEFINE_integer('time', 4096, 'Tokens.')
   flags.DEFINE_list('scaling', [], 'Lengths to compare with each other instead, say 4096,16384.')
   flags.DEFINE_integer('heads', 8, 'Heads.')

@@ -1,0 +1,12 @@
+"""Two-level sparse attention of decoding: block bounds, 4-bit labels, exact attention."""
+
+from kernels.tls_attention.api import begin as begin
+from kernels.tls_attention.api import decode as decode
+from kernels.tls_attention.api import turnover as turnover
+from kernels.tls_attention.cache import append as append
+from kernels.tls_attention.cache import calibrate as calibrate
+from kernels.tls_attention.cache import summarise as summarise
+from kernels.tls_attention.config import Config as Config
+from kernels.tls_attention.config import Labels as Labels
+from kernels.tls_attention.config import State as State
+from kernels.tls_attention.config import Summary as Summary
