@@ -39,7 +39,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-  """Long tests first: at the end one worker would wait for them."""
+  """Marks the costly tests of a shared suite for most rows; long tests first: at the end one worker
+  would wait for them."""
+  for item in items:
+    if item.originalname in getattr(item.module, 'COSTLY', ()):
+      if not set(item.callspec.params.values()) & item.module.QUICK_ROWS:
+        item.add_marker(pytest.mark.slow)
   items.sort(key=lambda item: item.path.name not in _LONG)
 
 

@@ -40,6 +40,7 @@ def test_recall_labels_are_the_overwritten_values():
       assert asked[row, t] and labels[row, t] == held[tokens[row, t]]
 
 
+@pytest.mark.slow
 def test_arms_share_weights_and_data_and_learn():
   keys = jax.vmap(jax.random.key)(np.arange(2))
   task = tasks.Stream(steps=60, batch=8, length=20)

@@ -38,7 +38,9 @@ def run_steps(run: run_lib.Run, count: int = 1):
   return start, taken
 
 
-@pytest.mark.parametrize('name', GROUP_RELATIVE + ['reinforce'])
+@pytest.mark.parametrize('name', [
+  n if n in ('grpo', 'gspo') else pytest.param(n, marks=pytest.mark.slow)
+  for n in GROUP_RELATIVE + ['reinforce']])
 def test_constant_rewards_leave_the_parameters_exactly_unchanged(name):
   """Miniature 2 and 8: not even the weight decay moves them, and the skip is counted.
 
@@ -60,7 +62,8 @@ def test_constant_rewards_still_feel_a_kl_term():
   assert (made.after.params['policy'].embed != start.params['policy'].embed).any()
 
 
-@pytest.mark.parametrize('name', ['grpo', 'dapo', 'gspo'])
+@pytest.mark.parametrize('name', ['grpo', *(pytest.param(n, marks=pytest.mark.slow)
+                                            for n in ('dapo', 'gspo'))])
 def test_one_minibatch_is_reinforce(name):
   """Miniature 4: ratios are 1, nothing is clipped, and the gradient is that of -A logp."""
   changes = dict(iterations=1, dynamic_sampling=False, overlong_buffer=0)

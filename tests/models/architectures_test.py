@@ -269,9 +269,11 @@ def test_gradients_are_those_of_finite_differences(name):
 
 
 @pytest.mark.parametrize('name, shape', [
-  ('qwen3_5_moe', dict(data=2)), ('qwen3_5_moe', dict(expert=2, data=2, tensor=2)),
-  ('qwen3_5_moe', dict(context=2, data=2)), ('kimi_linear', dict(fsdp=4)),
-  ('kimi_linear', dict(expert=2, context=2, tensor=2))], ids=str)
+  ('qwen3_5_moe', dict(expert=2, data=2, tensor=2)),
+  ('kimi_linear', dict(expert=2, context=2, tensor=2)), *(
+    pytest.param(*x, marks=pytest.mark.slow) for x in (
+      ('qwen3_5_moe', dict(data=2)), ('qwen3_5_moe', dict(context=2, data=2)),
+      ('kimi_linear', dict(fsdp=4))))], ids=str)
 def test_meshes_give_the_same_loss_and_gradients(name, shape):
   config, params, tokens, _, wanted = gradients(name)
   count = int(np.prod(list(shape.values())))

@@ -33,8 +33,10 @@ def command(config, workdir, cache, *extra):
 def environment(devices=1):
   """What is tested is what a run does, not how fast."""
   env = {k: v for k, v in os.environ.items() if k != 'PJRT_NPROC'}
-  return env | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-                f'--xla_force_host_platform_device_count={devices}'}
+  flags = [f for f in env['XLA_FLAGS'].split() if 'device_count' not in f]
+  flags += ['--xla_backend_optimization_level=0',
+            f'--xla_force_host_platform_device_count={devices}']
+  return env | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ' '.join(flags)}
 
 
 def run(args, devices=1):
