@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from zppo_jax.agents.records import Completion, GenRequest, ScoreRequest, TokenScores, Usage
 from zppo_jax.core import types
 from zppo_jax.data import templates
-from zppo_jax.models import decoder
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
-from zppo_jax.sampling import conversations, decode, stops
+from zppo_jax.sampling import continuations, conversations, decode, stops
 
 
 class PolicyClient:
@@ -102,24 +100,7 @@ class PolicyClient:
     return found
 
   def score(self, requests: Sequence[ScoreRequest]) -> list[TokenScores]:
-    """Log-probs at temperature 1, each row by itself. Raises ValueError on an empty prompt."""
-    found = []
-    for r in requests:
-      if not r.prompt_token_ids:
-        raise ValueError('prompt_token_ids must not be empty')
-      size = len(r.prompt_token_ids) + len(r.token_ids)
-      row = np.zeros((1, max(64, 1 << (size - 1).bit_length())), np.int32)  # few shapes
-      row[0, :size] = (*r.prompt_token_ids, *r.token_ids)
-      logp = _logp(self._config, self._params, row, np.asarray(size))
-      found.append(TokenScores(tuple(np.asarray(logp)[len(r.prompt_token_ids):size].tolist())))
-    return found
-
-
-@jax.jit(static_argnums=0)
-def _logp(config: ModelConfig, params: Params, row: jax.Array, size: jax.Array) -> jax.Array:
-  """f32[T], entry t the log-prob of token t of i32[1, T], of which `size` are there."""
-  ids = (jax.numpy.arange(row.shape[1])[None] < size).astype(jax.numpy.int32)
-  logits = decoder.forward(config, params, row, segment_ids=ids).logits[0]
-  logp = jax.nn.log_softmax(logits)[:-1]
-  chosen = jax.numpy.take_along_axis(logp, row[0, 1:, None], axis=1)[:, 0]
-  return jax.numpy.pad(chosen, (1, 0))
+    """Log-probs at temperature 1. Raises ValueError on an empty prompt."""
+    pairs = [(r.prompt_token_ids, r.token_ids) for r in requests]
+    return [TokenScores(tuple(logp.tolist()))
+            for logp, _ in continuations.score(self._config, self._params, pairs)]

@@ -1,7 +1,6 @@
 """EleutherAI's lm-evaluation-harness drives our policy: its three requests, by its conventions.
 
 `Requests` answers them on plain tuples of text; `adapter` puts the harness's own class around it.
-Dims: B rows of a program, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -13,23 +12,17 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from zppo_jax.agents.records import GenRequest
-from zppo_jax.core import masks, rng, types
+from zppo_jax.core import rng, types
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import templates
-from zppo_jax.mesh import axes, hosts
-from zppo_jax.models import decoder
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
-from zppo_jax.ops import logprobs
+from zppo_jax.sampling import continuations
 
-SHORTEST = 64  # tokens of the smallest program
-AT_ONCE = 1024  # positions whose logits are held
 MOST = ('max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens')  # first one counts
 KNOWN = {*MOST, 'until', 'do_sample', 'temperature', 'top_p', 'num_beams'}
 Ids = tuple[int, ...]
@@ -95,48 +88,9 @@ def sampling(given: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
 def score(config: ModelConfig, params: Params, pairs: Sequence[Pair], *,
           tokens_per_call: int = 4096) -> list[Score]:
   """Scores in the order of the pairs, which run together with others of their size."""
-  found: list[Score | None] = [None] * len(pairs)
-  calls = list(_calls([len(a) + len(b) - 1 for a, b in pairs], tokens_per_call))
-  for size, rows, names in tqdm.tqdm(calls, desc='log-probs', disable=None):
-    given, length = np.zeros((rows, size + 1), np.int32), np.zeros(rows, np.int32)
-    for row, i in enumerate(names):
-      ids = sum(pairs[i], ())
-      given[row, :len(ids)], length[row] = ids, len(ids) - 1
-    logp, greedy = hosts.fetch(_score(config, params, given[:, :-1], given[:, 1:], length,
-                                      chunk=max(1, AT_ONCE // rows)))
-    for row, i in enumerate(names):
-      part = slice(len(pairs[i][0]) - 1, length[row])
-      found[i] = float(logp[row, part].sum(dtype=np.float64)), bool(greedy[row, part].all())
-  return found
-
-
-def _calls(sizes: Sequence[int], tokens: int) -> Iterator[tuple[int, int, list[int]]]:
-  """(tokens of a row, rows, which pairs) of each program, few shapes, the longest first."""
-  buckets = collections.defaultdict(list)
-  for i, size in enumerate(sizes):
-    buckets[max(SHORTEST, 1 << (size - 1).bit_length())].append(i)
-  for size in sorted(buckets, reverse=True):
-    rows = max(1, tokens // size)
-    for begin in range(0, len(buckets[size]), rows):
-      yield size, rows, buckets[size][begin:begin + rows]
-
-
-@functools.partial(jax.jit, static_argnames=('config', 'chunk'))
-def _score(config: ModelConfig, params: Params, tokens: jax.Array, targets: jax.Array,
-           length: jax.Array, *, chunk: int) -> tuple[jax.Array, jax.Array]:
-  """(log-prob f32[B, T], whether it is the argmax bool[B, T]) of targets[t] behind tokens[:t + 1].
-
-  Of `length` tokens per row; nothing behind them counts.
-  """
-  hidden = decoder.forward(
-    config, params, axes.constrain(tokens, 'batch', None), want='hidden',
-    segment_ids=masks.segments_from_lengths(length, tokens.shape[1])).hidden
-
-  def some(hidden, targets):
-    logits = decoder.unembed(config, params, hidden)
-    return logprobs.logprobs(logits, targets)[0], jnp.argmax(logits, axis=-1) == targets
-
-  return logprobs.map_tokens(some, (hidden, targets), chunk=chunk, axis=1)
+  track = functools.partial(tqdm.tqdm, desc='log-probs', disable=None)
+  found = continuations.score(config, params, pairs, tokens_per_call=tokens_per_call, track=track)
+  return [(float(logp.sum(dtype=np.float64)), bool(greedy.all())) for logp, greedy in found]
 
 
 @dataclasses.dataclass(frozen=True)

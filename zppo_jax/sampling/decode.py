@@ -138,8 +138,9 @@ def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
   rows, size = tokens.shape
   # Layers unrolled make a step faster that runs often; this one runs once, and is compiled as well.
   out = decoder.forward(
-    dataclasses.replace(config, unroll=1), params, tokens, segment_ids=masks.segments_from_lengths(length, size),
-    cache=cache_lib.init(config, rows, size), want='hidden')
+    dataclasses.replace(config, unroll=1), params, tokens,
+    segment_ids=masks.segments_from_lengths(length, size), cache=cache_lib.init(config, rows, size),
+    want='hidden')
   last = jnp.take_along_axis(out.hidden, (length - 1)[:, None, None], axis=1)[:, 0]
   return out.cache, decoder.unembed(config, params, last)
 
