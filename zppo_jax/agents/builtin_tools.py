@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import operator
 import os
 import pathlib
 import sqlite3
@@ -13,6 +14,7 @@ from fractions import Fraction
 from zppo_jax.agents import sandbox
 from zppo_jax.agents.tools import Tool, ToolContext, ToolResult
 from zppo_jax.core.types import ToolSpec
+from zppo_jax.rewards import arithmetic
 
 _MAX_CHARS = 1024  # of an expression
 _CHARACTERS = frozenset('0123456789.eE_+-*/%() \t\r\n')
@@ -100,22 +102,11 @@ def _number(node: ast.Constant, source: str) -> Fraction:
 
 
 def _apply(op: ast.operator, left: Fraction, right: Fraction) -> Fraction:
-  match op:
-    case ast.Add():
-      return left + right
-    case ast.Sub():
-      return left - right
-    case ast.Mult():
-      return left * right
-    case ast.Div():
-      return left / right
-    case ast.FloorDiv():
-      return Fraction(left // right)
-    case ast.Mod():
-      return left % right
-    case ast.Pow():
-      return _power(left, right)
-  raise ValueError('only + - * / // % ** are allowed, a power is **')
+  operators = arithmetic.OPERATORS | {
+    ast.FloorDiv: lambda a, b: Fraction(a // b), ast.Mod: operator.mod, ast.Pow: _power}
+  if type(op) not in operators:
+    raise ValueError('only + - * / // % ** are allowed, a power is **')
+  return operators[type(op)](left, right)
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:

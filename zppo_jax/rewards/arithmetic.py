@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import collections
+import operator
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 
 from zppo_jax.rewards import answers
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Div: operator.truediv}
 
 _MAX_EXPONENT = 1000
 _EXPONENT = re.compile(r'(?:\^|\*\*)\s*[({]?\s*[-+]?(\d+)')
@@ -143,13 +147,6 @@ def _evaluate(node: ast.AST, used: list[int]) -> Fraction:
   if not isinstance(node, ast.BinOp):
     raise ValueError('only numbers and + - * /')
   left, right = _evaluate(node.left, used), _evaluate(node.right, used)
-  match node.op:
-    case ast.Add():
-      return left + right
-    case ast.Sub():
-      return left - right
-    case ast.Mult():
-      return left * right
-    case ast.Div():
-      return left / right
-  raise ValueError('only numbers and + - * /')
+  if type(node.op) not in OPERATORS:
+    raise ValueError('only numbers and + - * /')
+  return OPERATORS[type(node.op)](left, right)

@@ -79,6 +79,7 @@ class Conversations:
     self.config, self.shape = config, shape
     self._whole = bool(set(config.mixers) & set(DELTA_KINDS))  # a recurrence cannot be cut
     self._slots, self._held, self._facts, self._clock = None, [], None, 0
+    self._params = self._blocks = None
     self._weights = np.random.default_rng(0).integers(2**63, size=shape.context, dtype=np.uint64)
 
   def check(self, request: Request, settings: decode.Settings) -> None:
@@ -103,14 +104,15 @@ class Conversations:
     for request in requests:
       self.check(request, settings)
     self._renew(key, settings, version)
-    blocks = slots_lib.split_blocks(self.config, params)
+    if self._params is not params:  # a turn must not copy all weights
+      self._params, self._blocks = params, slots_lib.split_blocks(self.config, params)
+    blocks = self._blocks
     hashes = [self._hashes(r.tokens) for r in requests]
     answers: list[Answer | None] = [None] * len(requests)
     reused: dict[int, int] = {}
     left = collections.deque(range(len(requests)))
     while left or any(h.work is not None for h in self._held):
-      placed = self._place(left, requests, hashes)
-      if placed:
+      if left and (placed := self._place(left, requests, hashes)):
         reused |= self._admit(blocks, placed, requests, key, settings)
       self._slots, _, _ = slots_lib.steps(self.config, blocks, self._slots, most=self.shape.steps,
                                           settings=settings)
