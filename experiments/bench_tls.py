@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import bench_common as common
 from kernels import tls_attention as tls
-from kernels.tls_attention import levels
+from kernels.tls_attention import chunked, levels
 
 BOUND = {'float32': 1e-5, 'bfloat16': 2e-2}  # relative RMS, to attention over the chosen tokens
 
@@ -113,9 +113,9 @@ def _over_chosen(x, config: tls.Config, scale: float) -> np.ndarray:
   """Full attention with everything but the chosen tokens masked, in float64."""
   scores = levels.block_scores(x['q'], x['state'].summary, x['length'], config)
   blocks = levels.choose_blocks(scores, x['length'], config)
-  tokens = levels.token_scores(x['q'], x['state'].labels, x['channels'], blocks, x['length'],
-                               config, scale)
-  at, valid = (np.asarray(a) for a in levels.choose_tokens(tokens, blocks, x['length'], config))
+  tokens = chunked.token_scores(x['q'], x['state'].labels, x['channels'], blocks, x['length'],
+                                config, scale)
+  at, valid = (np.asarray(a) for a in levels.choose_tokens(tokens, blocks, config))
   heads = at.shape[1]
   query = np.asarray(x['q'], np.float64)[0].reshape(heads, -1, x['q'].shape[-1])
   out = []

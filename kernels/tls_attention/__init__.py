@@ -1,7 +1,8 @@
 """Two-level sparse attention of decoding: block bounds, 4-bit labels, exact attention."""
 
-from kernels.tls_attention.api import begin as begin
+from kernels.tls_attention.api import choose as choose
 from kernels.tls_attention.api import decode as decode
+from kernels.tls_attention.api import read as read
 from kernels.tls_attention.api import turnover as turnover
 from kernels.tls_attention.cache import append as append
 from kernels.tls_attention.cache import calibrate as calibrate

@@ -1,6 +1,7 @@
 """Other ways to spend the same budget of tokens, in the shape of the second level's choice.
 
-Each returns (token numbers i32[B, HK, top_tokens], which of them count) for `levels.attend`.
+Each returns (token numbers i32[B, HK, top_tokens], which of them count) for
+`chunked.attend_rows`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from kernels.tls_attention import levels
+from kernels.tls_attention import chunked, levels
 from kernels.tls_attention.config import Array, Config, Labels, Summary
 
 
@@ -28,8 +29,8 @@ def token_only(q: Array, labels: Labels, channels: Array, length: Array, config:
   blocks = room // config.block
   every = jnp.broadcast_to(jnp.arange(blocks), (rows, heads, blocks))
   own = dataclasses.replace(config, top_blocks=blocks)
-  scores = levels.token_scores(q, labels, channels, every, length, own, scale)
-  return levels.choose_tokens(scores, every, length, own)
+  scores = chunked.token_scores(q, labels, channels, every, length, own, scale)
+  return levels.choose_tokens(scores, every, own)
 
 
 def window(length: Array, heads: int, config: Config) -> tuple[Array, Array]:

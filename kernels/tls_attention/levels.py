@@ -1,4 +1,4 @@
-"""The three levels as XLA operations: bounds of blocks, labels of tokens, exact attention."""
+"""What every implementation shares: choice of blocks, scores over heads, choice of tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.tls_attention import select
-from kernels.tls_attention.config import Array, Config, Labels, Summary
+from kernels.tls_attention.config import Array, Config, Summary
 
 
-def _grouped(q: Array, heads: int) -> Array:
+def grouped(q: Array, heads: int) -> Array:
   """f32[B, HK, G, D] of queries [B, HQ, D]."""
   return q.astype(jnp.float32).reshape(q.shape[0], heads, -1, q.shape[-1])
 
@@ -22,7 +22,7 @@ def block_scores(q: Array, summary: Summary, length: Array, config: Config) -> A
   arXiv 2406.10774 in the form of 2604.07815.
   """
   heads, blocks = summary.bounds.shape[1:3]
-  query = _grouped(q, heads)
+  query = grouped(q, heads)
   both = jnp.concatenate([jnp.maximum(query, 0), jnp.minimum(query, 0)], axis=-1)
   used = jnp.arange(blocks)[None] * config.block < length[:, None]
   scores = jnp.max(jnp.einsum(
@@ -51,62 +51,26 @@ def token_positions(candidates: Array, length: Array, config: Config) -> tuple[A
   return at, at < length[:, None, None]
 
 
-def token_scores(q: Array, labels: Labels, channels: Array, candidates: Array, length: Array,
-                 config: Config, scale: float) -> Array:
-  """How much each token of the candidate blocks may matter, f32[B, HK, C]; -inf = not there.
+def reduce_heads(scores: Array, real: Array, config: Config) -> Array:
+  """How much a token may matter to any query head of its key head, f32[B, HK, C]; -inf = not there.
 
-  a = scale q[channels] . label, at 4 bits; then the largest over the query heads of softmax(a) over
-  the candidates, or of a itself. arXiv 2408.07092.
+  The largest over the heads of softmax(scores) over the candidates, or of the scores themselves;
+  scores f32[B, HK, G, C], real bool[B, HK, C].
   """
-  rows, heads, half, room = labels.codes.shape
-  blocks = room // config.block
-  picked = jnp.take_along_axis(_grouped(q, heads), channels[None, :, None], axis=3) * scale
-  index = jnp.minimum(candidates, blocks - 1)
-
-  def cut(x):  # the candidate blocks of [B, HK, ..., N], tokens last
-    inner = x.reshape(*x.shape[:-1], blocks, config.block)
-    wide = index.reshape(rows, heads, *(1,) * (x.ndim - 3), -1, 1)
-    return jnp.take_along_axis(inner, wide, axis=-2).reshape(*x.shape[:-1], -1)
-
-  codes = cut(labels.codes)
-  low, high = (x.astype(jnp.float32) for x in (codes & 15, codes >> 4))
-  product = jnp.einsum('bhgc,bhcn->bhgn', picked, jnp.concatenate([low, high], axis=2),
-                       precision=lax.Precision.HIGHEST)
-  found = (product * cut(labels.scale)[:, :, None]
-           + jnp.sum(picked, axis=-1, keepdims=True) * cut(labels.zero)[:, :, None])
-  _, real = token_positions(candidates, length, config)
-  found = jnp.where(real[:, :, None], found, -jnp.inf)
+  found = jnp.where(real[:, :, None], scores, -jnp.inf)
   if config.reduce == 'softmax_max':
     found = jax.nn.log_softmax(found, axis=-1)  # the same order, and no underflow
   return jnp.where(real, jnp.max(found, axis=2), -jnp.inf)
 
 
-def choose_tokens(scores: Array, candidates: Array, length: Array, config: Config
-                  ) -> tuple[Array, Array]:
-  """(token numbers i32[B, HK, top_tokens] in rising order, which of them count)."""
-  found = select.top(scores, config.top_tokens)
-  at, _ = token_positions(candidates, length, config)
-  count = scores.shape[-1]
-  chosen = jnp.take_along_axis(at, jnp.minimum(found, count - 1), axis=-1)
-  return jnp.where(found < count, chosen, 0), found < count
+def choose_tokens(scores: Array, pages: Array, config: Config) -> tuple[Array, Array]:
+  """(rows of the cache i32[B, HK, top_tokens] in the order of the pages, which of them count).
 
-
-def attend(q: Array, key: Array, value: Array, at: Array, valid: Array, scale: float) -> Array:
-  """Softmax attention of [B, HQ, D] over the tokens at[b, h], [B, HQ, V] in the dtype of value.
-
-  A row without tokens gives 0.
+  scores f32[B, HK, C] of the tokens of pages i32[B, HK, C / block]: candidate blocks of a whole
+  cache, or the slots of a pool that hold them.
   """
-  heads = key.shape[1]
-  query = _grouped(q, heads)
-  rows = lambda x: jnp.take_along_axis(x, at[..., None], axis=2)
-  chosen = rows(key)
-  logits = scale * jnp.einsum('bhgd,bhnd->bhgn', query.astype(chosen.dtype), chosen,
-                              preferred_element_type=jnp.float32)
-  logits = jnp.where(valid[:, :, None], logits, -jnp.inf)
-  top = jnp.max(logits, axis=-1, keepdims=True)
-  weight = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0))
-  total = jnp.sum(weight, axis=-1)
-  out = jnp.einsum('bhgn,bhnv->bhgv', weight.astype(value.dtype), rows(value),
-                   preferred_element_type=jnp.float32)
-  out = out / jnp.where(total > 0, total, 1)[..., None]
-  return out.reshape(q.shape[0], q.shape[1], -1).astype(value.dtype)
+  found = select.top(scores, config.top_tokens)
+  inside = jnp.minimum(found, scores.shape[-1] - 1)
+  rows = pages[..., None] * config.block + jnp.arange(config.block)
+  rows = jnp.take_along_axis(rows.reshape(scores.shape), inside, axis=-1)
+  return jnp.where(found < scores.shape[-1], rows, 0), found < scores.shape[-1]

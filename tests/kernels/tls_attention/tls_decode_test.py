@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels import tls_attention as tls
-from kernels.tls_attention import baselines, cache, levels, reference, select
+from kernels.tls_attention import baselines, cache, chunked, levels, reference, select
 
 CONFIG = tls.Config(block=8, top_blocks=4, top_tokens=12)
 
@@ -34,7 +34,7 @@ def inputs(seed=0, *, rows=2, heads=4, kv=2, room=96, width=16, value=None, leng
 
 summarise = jax.jit(tls.summarise, static_argnames='config')
 append = jax.jit(tls.append, static_argnames='config')
-begin = jax.jit(tls.begin, static_argnames='config')
+choose = jax.jit(tls.choose, static_argnames='config')
 decode = jax.jit(tls.decode, static_argnames=('config', 'scale'))
 
 
@@ -54,8 +54,8 @@ def _chosen(q, key, length, channels, config, scale):
   state = tls.summarise(key, length, channels, config)
   blocks = levels.choose_blocks(levels.block_scores(q, state.summary, length, config), length,
                                 config)
-  scores = levels.token_scores(q, state.labels, channels, blocks, length, config, scale)
-  return levels.choose_tokens(scores, blocks, length, config)
+  scores = chunked.token_scores(q, state.labels, channels, blocks, length, config, scale)
+  return levels.choose_tokens(scores, blocks, config)
 
 
 def chosen(q, key, length, channels, config, scale):
@@ -174,7 +174,7 @@ def test_stale_blocks_of_a_constant_query_are_the_fresh_ones():
   q, key, value, length, channels = inputs(6, length=(60, 41))
   fresh, stale = CONFIG, dataclasses.replace(CONFIG, stale=True)
   states = [summarise(key, length, channels, config=fresh)] * 2
-  states[1] = begin(q, states[1], length=length, config=stale)
+  states[1] = choose(q, states[1], length=length, config=stale)
   for _ in range(12):
     given = dict(channels=channels, length=length)
     # The stale choice also holds the next block: compare where that is the last one anyway.
@@ -195,7 +195,7 @@ def test_a_new_block_is_seen_by_its_first_token():
   config = dataclasses.replace(CONFIG, stale=True, top_tokens=32)
   q, key, value, _, channels = inputs(7, rows=1, heads=2, kv=2)
   length = jnp.asarray([64])
-  state = tls.begin(q, tls.summarise(key, length, channels, config), length=length, config=config)
+  state = tls.choose(q, tls.summarise(key, length, channels, config), length=length, config=config)
   key = key.at[0, :, 64].set(100 * q[0])  # nothing else matters to these queries
   state = tls.append(state, key[:, :, 64], length, channels, config)
   out, _ = tls.decode(q, key, value, state, channels=channels, length=length + 1, config=config)
@@ -209,6 +209,9 @@ def test_latent_attention_is_the_same_with_one_head():
   config = tls.Config(block=8, top_blocks=12, top_tokens=96)
   found, _ = run(q, key, value, length, channels[:, :8], config)
   assert found.shape == (2, 8, 16)
+  state = tls.summarise(key, length, channels[:, :8], config)
+  same, _ = tls.decode(q, key, 16, state, channels=channels[:, :8], length=length, config=config)
+  np.testing.assert_allclose(same, found, atol=1e-6)
   np.testing.assert_allclose(found, dense(q, key, value, length), atol=1e-5)
 
 

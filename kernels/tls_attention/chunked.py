@@ -1,0 +1,66 @@
+"""Levels two and three as XLA operations: scores of tokens by their labels, exact attention."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.tls_attention import levels
+from kernels.tls_attention.config import Array, Config, Labels
+
+
+def token_scores(q: Array, labels: Labels, channels: Array, candidates: Array, length: Array,
+                 config: Config, scale: float) -> Array:
+  """How much each token of the candidate blocks may matter, f32[B, HK, C]; -inf = not there.
+
+  a = scale q[channels] . label, at 4 bits, reduced over the query heads. arXiv 2408.07092.
+  """
+  rows, heads, _, room = labels.codes.shape
+  blocks = room // config.block
+  grouped = levels.grouped(q, heads)
+  picked = jnp.take_along_axis(grouped, channels[None, :, None], axis=3) * scale
+  index = jnp.minimum(candidates, blocks - 1)
+
+  def cut(x):  # the candidate blocks of [B, HK, ..., N], tokens last
+    inner = x.reshape(*x.shape[:-1], blocks, config.block)
+    wide = index.reshape(rows, heads, *(1,) * (x.ndim - 3), -1, 1)
+    return jnp.take_along_axis(inner, wide, axis=-2).reshape(*x.shape[:-1], -1)
+
+  codes = cut(labels.codes)
+  low, high = (x.astype(jnp.float32) for x in (codes & 15, codes >> 4))
+  product = jnp.einsum('bhgc,bhcn->bhgn', picked, jnp.concatenate([low, high], axis=2),
+                       precision=lax.Precision.HIGHEST)
+  found = (product * cut(labels.scale)[:, :, None]
+           + jnp.sum(picked, axis=-1, keepdims=True) * cut(labels.zero)[:, :, None])
+  _, real = levels.token_positions(candidates, length, config)
+  return levels.reduce_heads(found, real, config)
+
+
+def attend(q: Array, key: Array, value: Array | int, pages: Array, scores: Array, config: Config,
+           scale: float) -> Array:
+  """Softmax attention of [B, HQ, D] over the best top_tokens tokens of the pages, [B, HQ, V]."""
+  at, valid = levels.choose_tokens(scores, pages, config)
+  return attend_rows(q, key, value, at, valid, scale)
+
+
+def attend_rows(q: Array, key: Array, value: Array | int, at: Array, valid: Array, scale: float
+                ) -> Array:
+  """Softmax attention of [B, HQ, D] over the rows at[b, h], [B, HQ, V] in the dtype of the cache.
+
+  key [B, HK, N, D] with value [B, HK, N, V] or an int V: the first V channels of the keys. A query
+  without rows gives 0.
+  """
+  rows = lambda x: jnp.take_along_axis(x, at[..., None], axis=2)
+  keys = rows(key)
+  values = keys[..., :value] if isinstance(value, int) else rows(value)
+  query = levels.grouped(q, key.shape[1])
+  logits = scale * jnp.einsum('bhgd,bhnd->bhgn', query.astype(keys.dtype), keys,
+                              preferred_element_type=jnp.float32)
+  logits = jnp.where(valid[:, :, None], logits, -jnp.inf)
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  weight = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0))
+  total = jnp.sum(weight, axis=-1)
+  out = jnp.einsum('bhgn,bhnv->bhgv', weight.astype(values.dtype), values,
+                   preferred_element_type=jnp.float32)
+  out = out / jnp.where(total > 0, total, 1)[..., None]
+  return out.reshape(q.shape[0], q.shape[1], -1).astype(values.dtype)
