@@ -8,7 +8,6 @@ files. Prints the harness's table; `--out` holds all that it reports.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -25,49 +24,9 @@ from zppo_jax.launch import flags as flags_lib
 from zppo_jax.launch.app import USER_ERROR
 
 
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A policy to evaluate; `template` None = it came without one."""
-
-  config: Any  # ModelConfig
-  params: Any
-  tokenizer: Any
-  template: Any
-
-
-def load(folder: str, mesh, dtype: str | None = None) -> Loaded:
-  """The newest policy of a run, or a published checkpoint (in `dtype`, default its own).
-
-  Raises UserError on a folder that is neither, or lacks its tokenizer.
-  """
-  import ml_collections
-
-  from zppo_jax import models
-  from zppo_jax.data import tokenizer as tokenizer_lib
-  from zppo_jax.launch import build, roles
-
-  if not roles.is_published(folder):
-    if dtype:
-      raise UserError('--dtype is for published checkpoints: a run keeps its own')
-    config, params, _ = roles.load_policy(folder, mesh)
-    tokenizer = tokenizer_lib.load(os.path.join(folder, 'tokenizer.json'))
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
-      template = build.build_template(ml_collections.ConfigDict(json.load(file)))
-    return Loaded(config, params, tokenizer, template)
-  if not roles.own_tokenizer(folder):
-    raise UserError(f'{folder}: the tokenizer is missing, expected tokenizer.json')
-  tokenizer = tokenizer_lib.build_tokenizer(dict(kind='hf', path=folder))
-  config, params = models.load(folder, mesh=mesh, dtype=dtype)
-  if tokenizer.vocab_size > config.vocab:
-    raise UserError(f'{folder}: {config.vocab} rows of the embedding, but the tokenizer has '
-                    f'{tokenizer.vocab_size} ids')
-  config = dataclasses.replace(config, num_valid=tokenizer.vocab_size)
-  return Loaded(config, params, tokenizer, roles.own_template(folder))
-
-
-def build_lm(own: Loaded, *, max_length: int, slots: int, tokens_per_call: int, seed: int,
+def build_lm(own: Any, *, max_length: int, slots: int, tokens_per_call: int, seed: int,
              chat: bool = False, **options: Any):
-  """The harness's LM over a policy. Raises UserError on a chat without a template."""
+  """The harness's LM over a `roles.Policy`. Raises UserError on a chat without a template."""
   import jax
 
   from zppo_jax.agents import policy
@@ -119,6 +78,7 @@ def evaluate(checkpoint: str, tasks: Sequence[str], *, include_path: str | None 
   import jax
   import lm_eval
 
+  from zppo_jax.launch import roles
   from zppo_jax.mesh import place
 
   names, manager = find_tasks(tasks, include_path)
@@ -127,7 +87,7 @@ def evaluate(checkpoint: str, tasks: Sequence[str], *, include_path: str | None 
     devices = place.make_mesh(shape)
   except ValueError as error:
     raise UserError(f'--mesh: {error}') from error
-  own = load(checkpoint, devices, dtype)
+  own = roles.load_with_tokenizer(checkpoint, devices, dtype)
   max_length = min(max_length, own.config.context)
   facts = dict(checkpoint=os.path.abspath(checkpoint), max_length=max_length,
                tokenizer=own.tokenizer.fingerprint)
@@ -142,9 +102,10 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
   for name, default, text in (
       ('checkpoint', None, 'Workdir of a run, or a published checkpoint folder.'),
       ('include_path', None, 'Folder with task files of your own.'),
-      ('dtype', None, 'Of a published checkpoint; default: as its config.json says.'),
       ('out', None, 'File for the results, JSON.')):
     flags.DEFINE_string(name, default, text, values)
+  flags.DEFINE_enum('dtype', None, ('float32', 'bfloat16', 'float16'),
+                    'Of a published checkpoint; default: as its config.json says.', values)
   for name, default, text in (
       ('limit', None, 'Documents per task; default: all.'),
       ('num_fewshot', None, 'Worked examples before each document; default: as the task says.'),

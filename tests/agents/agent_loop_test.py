@@ -12,7 +12,7 @@ from zppo_jax import models
 from zppo_jax.agents import builtin_tools, llm, loop, policy, react, traces
 from zppo_jax.agents import tools as tools_lib
 from zppo_jax.agents.records import Completion, GenRequest, Node, ScoreRequest, Status, Trace
-from zppo_jax.core.types import Message
+from zppo_jax.core.types import Message, ToolCall
 from zppo_jax.data import templates, tokenizer
 from zppo_jax.envs import api, household
 from zppo_jax.models import decoder
@@ -60,6 +60,21 @@ def test_a_tool_is_asked_and_its_answer_is_read():
   assert [m.role for m in said] == ['user', 'assistant', 'tool', 'assistant']
   assert said[2].content == '42' and said[2].name == 'calculator'
   assert found.info == dict(tool_calls=1, tool_errors=0)
+
+
+def test_calls_that_a_server_has_read_are_answered():
+  class Reads:
+    capabilities = frozenset({'tools'})
+
+    def generate(self, requests):
+      call = ToolCall('c7', 'calculator', {'expression': '6*7'})
+      return [Completion('It is 42.', 'stop') if len(r.messages) > 1 else
+              Completion('', 'tool', tool_calls=(call,)) for r in requests]
+
+  found = play(Reads(), questions(1))[0]
+  nodes = found.traces[0].nodes
+  assert found.status == Status.FINISHED and [n.parent for n in nodes] == [None, 0, 1, 2]
+  assert nodes[2].messages == (Message('tool', '42', tool_call_id='c7', name='calculator'),)
 
 
 class Writes:
@@ -126,6 +141,19 @@ def test_log_probs_of_the_client_are_those_of_the_model():
   scored, = model.score([ScoreRequest(found[1].prompt_token_ids, found[1].token_ids)])
   np.testing.assert_allclose(scored.logprobs, wanted, atol=1e-5)
   assert found[0].token_ids != found[1].token_ids and found[0].version == 7
+
+
+@pytest.mark.parametrize('version', [7, 8])
+def test_new_weights_count_from_the_next_call_on(version):
+  ask = [GenRequest(messages=questions(1)[0].args['messages'], max_tokens=12, seed=3)]
+  model, other = client(), jax.tree.map(lambda x: -x, params())
+  before = model.generate(ask)[0]
+  model.update(other, version)
+  after = model.generate(ask)[0]
+  fresh = client()
+  fresh.update(other, version)
+  assert after == fresh.generate(ask)[0] != before
+  assert (before.version, after.version) == (7, version)
 
 
 def test_a_request_that_does_not_fit_leaves_the_others_alone():

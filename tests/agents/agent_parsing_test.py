@@ -94,6 +94,13 @@ def test_text_notations_express_ordinary_calls(name, verb, body):
   assert PARSERS[name].parse(PARSERS[name].render(calls)).calls == calls
 
 
+@pytest.mark.parametrize('name', ['hermes', 'json_block'])
+@pytest.mark.parametrize('value', ['</think>', '</tool_call>', '<think>'])
+def test_tags_may_stand_in_json_arguments(name, value):
+  calls = (call(0, 'f', x=value),)
+  assert PARSERS[name].parse(PARSERS[name].render(calls)).calls == calls
+
+
 def test_ids_are_no_part_of_a_notation():
   text = PARSERS['bracket'].render([ToolCall('chatcmpl-7', 'go', {'arg': 'x'})])
   assert PARSERS['bracket'].parse(text).calls == (call(0, 'go', arg='x'),)
@@ -133,11 +140,26 @@ def test_hermes_reads_the_good_calls_and_reports_the_others():
 @pytest.mark.parametrize('body', [
   '[]', '3', '{"name": 3}', '{"name": ""}', '{"arguments": {}}', '{"name": "f", "arguments": "x"}',
   '{"name": "f", "parameters": {}}', '{"name": "f", "arguments": {"x": Infinity}}',
-  '{"name": "f", "arguments": {"x": 1e999}}', '[' * 100_000, '{"name": "f"} {"name": "g"}',
+  '{"name": "f", "arguments": {"x": 1e999}}', '[' * 100_000,
+  '{"name": "f", "arguments": {"x": ' + '[' * 99 + ']' * 99 + '}}', '{"name": "f"} {"name": "g"}',
   '{"name": "f", "arguments": {"x": ' + '9' * 5000 + '}}', ''])
 def test_malformed_hermes_calls_are_errors(body):
   result = PARSERS['hermes'].parse(f'<tool_call>{body}</tool_call>')
   assert result.calls == () and len(result.errors) == 1
+
+
+@pytest.mark.parametrize('name', ['hermes', 'json_block'])
+def test_nesting_is_bounded_both_ways(name):
+  def nested(depth):
+    value = 1
+    for i in range(depth):
+      value = [value] if i % 2 else {'k': value}
+    return [call(0, 'f', x=value)]
+
+  render = PARSERS[name].render
+  assert PARSERS[name].parse(render(nested(61))).calls == tuple(nested(61))
+  with pytest.raises(ValueError, match="'f'"):
+    render(nested(62))
 
 
 def test_xml_tags_come_in_order_and_do_not_nest():
@@ -146,6 +168,7 @@ def test_xml_tags_come_in_order_and_do_not_nest():
   assert result.calls == (call(0, 'b', body='1'), call(1, 'a', body='2 <b>3</b>'))
   assert result.content == 'x   <a>4</b> a<br>c</none>'
   assert result.errors == ('<a> is not closed', '<br> is not closed')
+  assert PARSERS['xml_tags'].parse('<br> <br>').errors == ('<br> is not closed',)
 
 
 def test_json_block_holds_one_call_or_several():
@@ -188,6 +211,8 @@ def test_thoughts_are_not_searched(name, text):
     assert parse(thought) == parsing.ParseResult((), thought.strip())
   both = parse(f'<think>{text}</think>{text}')
   assert len(both.calls) == 1 and both.content.startswith('<think>')
+  before = parse(f'{text}<think>{text}</think>')
+  assert before.calls == both.calls and before.content.endswith('</think>')
 
 
 @pytest.mark.parametrize('name', sorted(PARSERS))

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -45,9 +47,9 @@ def test_text_that_is_no_program_is_an_error(code):
 def test_a_program_sees_neither_our_environment_nor_our_packages(monkeypatch):
   monkeypatch.setenv('SOME_API_KEY', 'secret')
   code = ('import os, sys\nprint("SOME_API_KEY" in os.environ, os.listdir())\n'
-          'print(any("site-packages" in p for p in sys.path))\nimport numpy')
+          'print(any("site-packages" in p for p in sys.path), "" in sys.path)\nimport numpy')
   result = run_python(code)
-  assert result.stdout == "False ['program.py']\nFalse\n"
+  assert result.stdout == "False ['program.py']\nFalse False\n"
   assert "No module named 'numpy'" in result.stderr
 
 
@@ -62,6 +64,21 @@ def test_the_folder_goes_with_the_program(tmp_path, monkeypatch):
                       'for _ in range(1100): os.mkdir("d"); os.chdir("d")\nprint("done")')
   assert result.stdout == 'done\n'
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_goes_though_its_rights_were_taken():
+  code = """if True:
+    import os, tempfile
+    from zppo_jax.agents import sandbox
+    if os.getuid() == 0:  # whom no rights stop
+      os.setuid(65534)
+    folder = tempfile.mkdtemp(dir='/tmp')
+    os.makedirs(f'{folder}/a/b')
+    os.chmod(f'{folder}/a', 0)
+    sandbox._remove(folder)
+    print(os.path.exists(folder))"""
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+  assert out.stdout == 'False\n', out.stderr
 
 
 def test_wall_limit():
@@ -141,6 +158,18 @@ def test_processes_end_with_the_program(end, status):
 def test_the_network_is_refused():
   code = 'import socket; socket.create_connection(("127.0.0.1", 9))'
   assert 'not allowed' in run_python(code).stderr
+  code = """if True:
+    import socket
+    to = '127.0.0.1', 9
+    own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    for call in (lambda: own.connect(to), lambda: own.bind(to), lambda: own.sendto(b'x', to),
+                 lambda: own.sendmsg([b'x'], [], 0, to), lambda: socket.gethostbyname('h'),
+                 lambda: socket.gethostbyaddr('::1'), lambda: socket.getnameinfo(to, 0)):
+      try:
+        call()
+      except PermissionError as error:
+        print(str(error).endswith('is not allowed in the sandbox'))"""
+  assert run_python(code).stdout == 7 * 'True\n'
   event_loop = 'import asyncio\nasync def f(): return 3\nprint(asyncio.run(f()))'
   assert run_python(event_loop).stdout == '3\n'
 
@@ -202,7 +231,8 @@ def test_cut_falls_between_characters(length):
   assert sandbox.cut(text.encode(), len(text.encode())) == text
 
 
-@pytest.mark.parametrize('wrong', [{'wall_s': 0}, {'cpu_s': -1}, {'memory_bytes': 0},
+@pytest.mark.parametrize('wrong', [{'wall_s': 0}, {'cpu_s': -1},
+                                   {'cpu_s': float('inf')}, {'memory_bytes': 0},
                                    {'output_bytes': 0}, {'file_bytes': -1}])
 def test_limits_are_checked(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):

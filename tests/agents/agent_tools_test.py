@@ -76,7 +76,10 @@ def fail(arguments, ctx):
 
 @pytest.mark.parametrize(('function', 'said'), [
   (fail, "KeyError: 'colour'"), (lambda a, c: sys.exit(3), 'SystemExit: 3'),
-  (lambda a, c: 'text', 'returned str, not a ToolResult')])
+  (lambda a, c: 'text', 'returned str, not a ToolResult'),
+  (lambda a, c: ToolResult(42), 'without a text'),
+  (lambda a, c: ToolResult('x', cost=None), 'cost that is no number'),
+  (lambda a, c: ToolResult('x', cost={'units': '2'}), 'cost that is no number')])
 def test_a_tool_that_breaks_is_told_to_the_model(function, said):
   content, answers = answer(function)
   assert content.startswith("error: 't' ") and said in content
@@ -128,7 +131,7 @@ def test_toolbox_refuses_two_tools_of_one_name():
     tools.toolbox(tool(fail), tool(fail))
 
 
-@pytest.mark.parametrize('wrong', [{'call_s': 0}, {'max_tool_bytes': 63}])
+@pytest.mark.parametrize('wrong', [{'call_s': 0}, {'call_s': float('inf')}, {'max_tool_bytes': 63}])
 def test_limits_are_checked(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     ToolLimits(**wrong)
@@ -183,6 +186,7 @@ def test_calculator_is_exact(expression, shown):
 
 @pytest.mark.parametrize('expression', [
   '', '1/0', '0**-1', '9**9**9', '2**20001', '1e9999999', '1e99999999999999999999', '2**0.5',
+  '3**-20000000', '1e-99999999',
   '+'.join(['1'] * 600), '(' * 500, '-' * 1000 + '1', 'True', '2j', '"a"*9', 'x', '2^3', '(1, 2)',
   '__import__("os")', '[1][0]', '1 < 2', '1\0', '\ud800', '(2**9999)**1 * 2**9999'])
 def test_calculator_refuses(expression):
@@ -241,6 +245,7 @@ def query(request, tmp_path):
 def test_sql_answers(query):
   assert query('SELECT * FROM t') == ToolResult("a | b\n1 | x\nNULL | x'00ff'")
   assert query("SELECT * FROM f WHERE f MATCH 'hello' ORDER BY rank").content.endswith('world')
+  assert query("SELECT CAST(x'ff61' AS TEXT) AS t").content == 't\n\ufffda'
   assert query("SELECT count(*) FROM sqlite_master WHERE name = 't'").content == 'count(*)\n1'
 
 
@@ -266,6 +271,18 @@ def test_sql_stops_endless_queries(query):
   start = time.monotonic()
   result = query(NUMBERS + 'SELECT count(*) FROM n')
   assert result == ToolResult('error: stopped after 0.5 s', ok=False)
+  assert time.monotonic() - start < 5
+
+
+A = "printf('%.*c', 262000, 'a')"
+
+
+@pytest.mark.parametrize('text', [
+  f"SELECT {A} LIKE '%' || replace(substr({A}, 1, 400), 'a', 'a_') || 'b'",
+  f"SELECT count(instr({A}, substr({A}, 1, 60000) || x)) FROM n"])
+def test_sql_stops_slow_functions(query, text):
+  start = time.monotonic()
+  assert not query((NUMBERS if text.endswith(' n') else '') + text).ok
   assert time.monotonic() - start < 5
 
 

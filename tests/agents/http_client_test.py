@@ -154,6 +154,12 @@ def test_the_request_on_the_wire(start):
       {'role': 'tool', 'content': '4', 'tool_call_id': 'c1', 'name': 'add'}]}
 
 
+def test_a_complaint_about_no_call_is_sent_as_the_users(start):
+  server, client = start([chat('4')])
+  one(client, GenRequest((types.Message('user', 'a'), types.Message('tool', 'error: not closed'))))
+  assert server.bodies[0]['messages'][1] == {'role': 'user', 'content': 'error: not closed'}
+
+
 def test_a_plain_request_sends_no_empty_fields(start):
   server, client = start([chat('4')])
   one(client)
@@ -259,6 +265,13 @@ def test_a_body_that_drips_ends_at_the_deadline(start):
   assert time.monotonic() - began < 2
 
 
+def test_a_body_that_stalls_late_ends_at_the_deadline(start):
+  _, client = start([Reply(b'{', headers={'Content-Length': 9}, delay=0.35)], deadline_s=0.5)
+  began = time.monotonic()
+  assert 'ReadTimeout' in one(client).error
+  assert time.monotonic() - began < 0.7
+
+
 def test_no_wait_beyond_the_deadline(start):
   waits = []
   server, client = start([Reply(b'later', 429, {'Retry-After': 60}), chat('4')], deadline_s=5,
@@ -345,7 +358,8 @@ def test_tool_calls_are_read(start):
 
 
 def test_arguments_that_cannot_be_read_are_named(start):
-  wrong = ['{"a": ', '[1]', '7', 7, '[' * 100_000]
+  deep = f'{{"a": {"[" * 99}{"]" * 99}}}'  # it could be read, but not everywhere written again
+  wrong = ['{"a": ', '[1]', '7', 7, '[' * 100_000, '{"a": NaN}', {'a': float('inf')}, deep]
   replies = {str(i): Reply({'choices': [choice('so', 'tool_calls', tool_calls=[
     call_of('{}', id='c0'), call_of(arguments, id='c1')])]}) for i, arguments in enumerate(wrong)}
   server, client = start(by_text(replies))
@@ -490,7 +504,7 @@ def test_a_cache_that_cannot_be_written_loses_no_answer(start, tmp_path, monkeyp
   _, client = start([chat('a')], cache_dir=str(tmp_path))
   monkeypatch.setattr(os, 'replace', full)
   assert one(client, ask(seed=1)).text == 'a'
-  assert 'no space left' in caplog.text
+  assert 'no space left' in caplog.text and list(tmp_path.iterdir()) == []
 
 
 def test_requests_that_no_server_can_be_asked(start):
@@ -508,7 +522,10 @@ def test_requests_that_no_server_can_be_asked(start):
 
 @pytest.mark.parametrize('url, options, why', [
   ('http://h', {'concurrency': 0}, 'concurrency'), ('http://h', {'retries': -1}, 'retries'),
-  ('http://h', {'deadline_s': float('nan')}, 'deadline_s'), ('http://h', {'extra': {'n': 2}}, 'n'),
+  ('http://h', {'deadline_s': float('nan')}, 'deadline_s'),
+  ('http://h', {'deadline_s': float('inf')}, 'deadline_s'), ('http://h:99999', {}, 'base_url'),
+  ('http://[::1', {}, 'base_url'), ('http://a..b', {}, 'base_url'),
+  ('http://h\0', {}, 'base_url'), ('http://h', {'extra': {'n': 2}}, 'n'),
   ('h:80/v1', {}, 'base_url'), (f'https://u:{KEY}@h/v1', {}, 'base_url'),
   (f'https://h/v1?key={KEY}', {}, 'base_url')])
 def test_bad_arguments_are_named(url, options, why):

@@ -129,6 +129,19 @@ def test_a_factory_that_fails_is_an_outcome():
       assert errors == ['error: OSError: no room'] * 2
 
 
+def test_an_environment_that_is_empty_is_still_one(gate):
+  made = []
+
+  class Empty(Counting):
+    def __len__(self):
+      return 0
+
+  with vector.VectorEnv(lambda: Empty(made, gate), 1, 1.0) as envs:
+    envs.reset([api.Task('a')], [0])
+    assert texts(envs.step(['go'])) == ['1'] and len(made) == 1
+  assert made[0].closed.is_set()
+
+
 def test_a_reset_has_a_deadline_of_its_own(gate):
   envs = vector.VectorEnv(lambda: gate.wait(30), 1, 0.1, reset_s=0.2)
   assert [o.error for o in envs.reset([api.Task('a')], [0])] == ['timeout']
@@ -150,7 +163,7 @@ def test_wrong_numbers_are_refused(gate):
     for call in (lambda: envs.step(['go']), lambda: envs.reset([None] * 4, [0])):
       with pytest.raises(ValueError, match='one value per environment, 4, got 1'):
         call()
-  for size, deadline_s in ((0, 1.0), (1, 0.0)):
+  for size, deadline_s in ((0, 1.0), (1, 0.0), (1, float('inf'))):
     with pytest.raises(ValueError, match='must be'):
       vector.VectorEnv(household.HouseholdEnv, size, deadline_s)
 

@@ -18,9 +18,11 @@ from zppo_jax import models
 from zppo_jax.agents import policy
 from zppo_jax.agents.records import Completion
 from zppo_jax.core.errors import UserError
+from zppo_jax.data import jinja_templates
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.evals import lm_eval_adapter as harness
 from zppo_jax.launch import roles
+from zppo_jax.mesh import place
 from zppo_jax.models import decoder
 from zppo_jax.sampling import conversations, stops
 from zppo_jax.train import checkpoint
@@ -196,6 +198,7 @@ def test_kwargs_of_a_task_become_those_of_the_client():
   assert fields(until=['x', '', '\n'], max_new_tokens=4) == (4, 0, 1, ('x', '\n'))
   assert fields(temperature=0.5, top_p=0.9) == (256, 0.5, 0.9, ())
   assert fields(do_sample=False, temperature=0.5, num_beams=1)[1] == 0
+  assert fields(**dict.fromkeys(harness.KNOWN)) == fields()
   assert fields(do_sample=True)[1] == 1 and fields(do_sample=True, temperature=0.3)[1] == 0.3
   for name, value in (('top_k', 5), ('num_beams', 4), ('repetition_penalty', 1.1)):
     with pytest.raises(UserError, match=name):
@@ -280,6 +283,14 @@ def test_chats_go_through_our_templates():
   assert seen.calls[0][0].token_ids == (*TOKENIZER.encode('why?'), sep)
   begun = [dict(role='user', content='why?'), dict(role='assistant', content='As')]
   assert own.apply_chat_template(begun, add_generation_prompt=False) == 'why?<|sep|>As'
+  trims, drops = (jinja_templates.jinja_template(
+    '{% for m in messages %}<{{ m.role }}>' + said + '.{% endfor %}')
+    for said in ('{{ m.content | trim }}', ''))
+  begun[1]['content'] = ' As '
+  text = requests(template=trims).apply_chat_template(begun, add_generation_prompt=False)
+  assert text == '<user>why?.<assistant>As'
+  with pytest.raises(UserError, match="leaves out what an answer begins with: 'As'"):
+    requests(template=drops).apply_chat_template(begun, add_generation_prompt=False)
   assert sep not in requests().encode('why?<|sep|>')  # without a template text is only text
   with pytest.raises(UserError, match='chats need a template'):
     requests().apply_chat_template(begun)
@@ -288,13 +299,13 @@ def test_chats_go_through_our_templates():
 # The command, and the harness itself.
 
 
-def write_run(folder, template='plain'):
+def write_run(folder, template='plain', first=''):
   """The workdir of a run: what the command reads of it."""
   with checkpoint.make_manager(str(folder / 'checkpoints')) as manager:
     checkpoint.save(manager, 1, state=dict(params=dict(policy=params())), pending=(), meta={})
   roles.write_facts(str(folder), CONFIG, TOKENIZER)
   (folder / 'config.json').write_text(json.dumps(
-    dict(data=dict(template=template), init=dict(checkpoint=''))))
+    dict(data=dict(template=template), init=dict(checkpoint=first))))
 
 
 def write_published(folder):
@@ -307,33 +318,41 @@ def write_published(folder):
 
 
 def mesh():
-  return cli_mesh(jax.devices()[:1])
-
-
-def cli_mesh(devices):
-  from zppo_jax.mesh import place
-  return place.make_mesh({'data': len(devices)}, devices)
+  return place.make_mesh({'data': 1}, jax.devices()[:1])
 
 
 def test_both_kinds_of_checkpoints_are_loaded(tmp_path):
   (tmp_path / 'run').mkdir()
   write_run(tmp_path / 'run')
-  found = cli.load(str(tmp_path / 'run'), mesh())
+  found = roles.load_with_tokenizer(str(tmp_path / 'run'), mesh())
   assert (found.config, found.tokenizer, found.template) == (CONFIG, TOKENIZER, 'plain')
   assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found.params, params()))
   write_published(tmp_path / 'published')
-  found = cli.load(str(tmp_path / 'published'), mesh())
+  found = roles.load_with_tokenizer(str(tmp_path / 'published'), mesh())
   assert found.config.num_valid == found.tokenizer.vocab_size < found.config.vocab
   assert found.template is None
   with pytest.raises(UserError, match='came without a template'):
     cli.build_lm(found, max_length=64, slots=1, tokens_per_call=64, seed=0, chat=True)
   with pytest.raises(UserError, match='neither the workdir of a run .* nor a published'):
-    cli.load(str(tmp_path), mesh())
-  with pytest.raises(UserError, match='--dtype'):
-    cli.load(str(tmp_path / 'run'), mesh(), 'bfloat16')
-  (tmp_path / 'published' / 'tokenizer.json').unlink()
-  with pytest.raises(UserError, match='expected tokenizer.json'):
-    cli.load(str(tmp_path / 'published'), mesh())
+    roles.load_with_tokenizer(str(tmp_path), mesh())
+  with pytest.raises(UserError, match='dtype: only a published checkpoint'):
+    roles.load_with_tokenizer(str(tmp_path / 'run'), mesh(), 'bfloat16')
+  for folder in ('run', 'published'):
+    (tmp_path / folder / 'tokenizer.json').unlink()
+    with pytest.raises(UserError, match=f'{folder}: tokenizer.json is missing'):
+      roles.load_with_tokenizer(str(tmp_path / folder), mesh())
+
+
+@pytest.mark.parametrize('came', [True, False])
+def test_a_template_left_to_the_checkpoint_is_that_of_the_first_one(tmp_path, came):
+  if came:
+    (tmp_path / 'config.json').write_text('{}')
+    (tmp_path / 'chat_template.jinja').write_text('{{ messages[0].content }}?')
+  (tmp_path / 'run').mkdir()
+  write_run(tmp_path / 'run', template='auto', first=str(tmp_path))
+  found = roles.load_with_tokenizer(str(tmp_path / 'run'), mesh()).template
+  assert (found.name if came else found) == (
+    str(tmp_path / 'chat_template.jinja') if came else 'plain')
 
 
 def test_a_missing_harness_names_the_extra(monkeypatch):

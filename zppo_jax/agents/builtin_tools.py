@@ -21,7 +21,8 @@ _CHARACTERS = frozenset('0123456789.eE_+-*/%() \t\r\n')
 _MAX_BITS = 10_000  # of a numerator or denominator; also keeps within Python's limit for str(int)
 _SIGNS = str.maketrans({'\u00d7': '*', '\u00f7': '/', '\u2212': '-'})
 _MAX_SQL_CHARS = 1 << 16  # of an answer
-_MAX_VALUE_BYTES = 1 << 20  # of one SQL value
+_MAX_VALUE_BYTES = 1 << 18  # of one SQL value; some functions take the product of two lengths
+_MAX_PATTERN_BYTES = 200  # of LIKE and GLOB, which no clock interrupts either
 
 
 def _spec(name: str, description: str, argument: str, meaning: str) -> ToolSpec:
@@ -236,7 +237,8 @@ def _query(connection: sqlite3.Connection, query: str, max_rows: int, wall_s: fl
   end = time.monotonic() + wall_s
   connection.text_factory = lambda data: data.decode('utf-8', 'replace')
   connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
-  connection.set_progress_handler(lambda: time.monotonic() > end, 1000)
+  connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN_BYTES)
+  connection.set_progress_handler(lambda: time.monotonic() > end, 100)
   connection.execute('PRAGMA query_only = ON')
   connection.set_authorizer(_authorize)
   cursor = connection.execute(query)

@@ -17,17 +17,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from zppo_jax.agents import chat_json
 from zppo_jax.agents.llm import Unsupported
-from zppo_jax.agents.records import Completion, GenRequest, ScoreRequest, TokenScores, Usage
-from zppo_jax.core import errors, types
+from zppo_jax.agents.records import Completion, GenRequest, ScoreRequest, TokenScores
+from zppo_jax.core import errors
 
 _CONNECT_S, _FIRST_WAIT_S, _LONGEST_WAIT_S = 10.0, 0.5, 30.0  # a lost SYN must leave time
 _EMBED_ROWS = 64  # texts per request
+_MOST = 1e9  # of any number that is given: more seconds are too many for a socket
 _OWN_FIELDS = {'model', 'messages', 'tools', 'temperature', 'top_p', 'max_tokens', 'stop', 'seed',
                'n', 'logprobs', 'stream', 'input'}
-_Answer = tuple[Any, Any]  # a choice and its usage as sent: a cache file holds no reading of them
-# What reading JSON of any shape can raise
-_MISREAD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,111 +36,56 @@ class _Fault:
   wait_s: float = 0.0  # as the server asked
 
 
-def _message(message: types.Message) -> dict[str, Any]:
-  calls = [{'id': c.id, 'type': 'function',
-            'function': {'name': c.name, 'arguments': json.dumps(c.arguments)}}
-           for c in message.tool_calls]
-  optional = {'tool_calls': calls, 'tool_call_id': message.tool_call_id, 'name': message.name}
-  return {'role': message.role, 'content': message.content} | _given(optional)
-
-
-def _given(fields: dict[str, Any]) -> dict[str, Any]:
-  return {name: value for name, value in fields.items() if value}
-
-
-def _tool_calls(raw: Any) -> tuple[tuple[types.ToolCall, ...], str]:
-  """The calls that can be read, and what is wrong with the others."""
-  calls, wrong = [], []
-  for i, call in enumerate(raw or ()):
-    name, text = call['function']['name'], call['function'].get('arguments')
-    try:
-      arguments = text if isinstance(text, dict) else json.loads(text or '{}')
-      if not isinstance(arguments, dict):
-        raise ValueError('not an object')
-      calls.append(types.ToolCall(str(call.get('id') or f'call_{i}'), str(name), arguments))
-    except (ValueError, TypeError, RecursionError) as error:
-      wrong.append(f'tool_calls[{i}] ({name}): arguments: {error}')
-  return tuple(calls), '; '.join(wrong)
-
-
-def _completion(answer: _Answer) -> Completion:
-  """Reads one choice; raises one of _MISREAD if it has another shape."""
-  choice, used = answer
-  message, reason = choice['message'], choice.get('finish_reason')
-  text = message.get('content') or ''
-  if not isinstance(text, str):
-    raise TypeError(f'message.content is a {type(text).__name__}')
-  calls, error = _tool_calls(message.get('tool_calls'))
-  # Not by `reason` alone: a forced call ends with 'stop'
-  finish = 'length' if reason == 'length' else 'tool' if calls or error else 'stop'
-  if reason not in ('stop', 'tool_calls', 'length'):  # such as a filter: not the model's own text
-    finish, error = 'error', f'finish_reason {reason!r}'
-  tokens = (choice.get('logprobs') or {}).get('content')
-  logprobs = None if tokens is None else tuple(float(t['logprob']) for t in tokens)
-  counts = [(used or {}).get(k) for k in ('prompt_tokens', 'completion_tokens')]
-  usage = Usage(*counts) if all(isinstance(c, int) for c in counts) else None
-  return Completion(text, finish, logprobs=logprobs, usage=usage, tool_calls=calls, error=error)
-
-
-def _read_answers(payload: Any) -> list[_Answer]:
-  answers = [(c, None if i else payload.get('usage')) for i, c in enumerate(payload['choices'])]
-  if not [_completion(a) for a in answers]:
-    raise ValueError('choices is empty')
-  return answers
-
-
-def _read_rows(payload: Any, count: int) -> np.ndarray:
-  data = sorted(payload['data'], key=lambda row: row['index'])
-  rows = np.asarray([row['embedding'] for row in data], np.float32).reshape(count, -1)
-  norms = np.linalg.norm(rows, axis=1, keepdims=True)
-  if len(data) != count or not (np.isfinite(norms) & (norms > 0)).all():
-    raise ValueError('rows are missing, zero or not finite')
-  return rows / norms
-
-
 def _load(path: str, n: int) -> list[Completion] | None:
   """The answers of a cache file; None if there is none or it is corrupt."""
   try:
     with open(path, encoding='utf-8') as file:
-      completions = [_completion((choice, usage)) for choice, usage in json.load(file)]
-  except (OSError, *_MISREAD):
+      completions = [chat_json.read_completion(answer) for answer in json.load(file)]
+  except (OSError, *chat_json.MISREAD):
     return None
   return completions if len(completions) == n else None
 
 
-def _store(path: str, answers: Sequence[_Answer], key: str) -> None:
+def _store(path: str, answers: Sequence[chat_json.Answer], key: str) -> None:
   text = json.dumps(answers)
   if key and key in text:  # an echo: the key is never stored
     return
   try:
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), suffix='.tmp')
-    with open(handle, 'w', encoding='utf-8') as file:
-      file.write(text)
-    os.replace(temporary, path)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+      temporary = os.path.join(folder, 'answers')
+      with open(temporary, 'w', encoding='utf-8') as file:
+        file.write(text)
+      os.replace(temporary, path)
   except OSError as error:  # the answers are paid for: a full disk must not lose them
     logging.getLogger(__name__).warning('cache_dir: not written: %s', error)
 
 
 def _check(base_url: str, extra: Mapping[str, Any], **bounds: tuple[float, float]) -> None:
-  parts = urllib.parse.urlsplit(base_url)
-  bare = not (parts.query or parts.fragment or '@' in parts.netloc)  # there, secrets would show
-  if parts.scheme not in ('http', 'https') or not parts.hostname or not bare:
+  try:
+    parts = urllib.parse.urlsplit(base_url)
+    bare = not (parts.query or parts.fragment or '@' in parts.netloc)  # there, secrets would show
+    named = (parts.hostname or '').encode('idna') and parts.port != 0 and base_url.isprintable()
+  except ValueError:
+    named = False
+  if not (named and bare and parts.scheme in ('http', 'https')):
     raise errors.UserError('base_url: wants http(s)://host[:port][/path] and nothing else')
   if taken := sorted(_OWN_FIELDS & set(extra)):
     raise errors.UserError(f'extra: {taken} are fields that the client sets itself')
   for name, (value, least) in bounds.items():
-    if not value >= least:
-      raise errors.UserError(f'{name}: must be at least {least}, is {value}')
+    if not least <= value <= _MOST:
+      raise errors.UserError(f'{name}: must lie in {least}..{_MOST:.0f}, is {value}')
 
 
 class HTTPClient:
   """An `LMClient` over `POST {base_url}/chat/completions`; no token ids, so never trainable.
 
-  `deadline_s` bounds one HTTP request with all its retries. Of n answers in one reply the first
-  carries the usage of all. A tool call whose arguments cannot be read is the model's own fault:
-  finish stays 'tool' and `error` names it. `tokens_field` is the server's name of `max_tokens`,
-  `extra` goes into every chat request as it is. `sleep` and `uniform` (in [0, 1)) are for tests.
-  UserError on bad arguments, ImportError without httpx.
+  `deadline_s` bounds one HTTP request with all its retries; only a reply that drips before it
+  stalls may take up to twice that. Of n answers in one reply the first carries the usage of all.
+  A tool call whose arguments cannot be read is the model's own fault: finish stays 'tool' and
+  `error` names it. A message of a tool that answers no call is sent as the user's: no server takes
+  it else. `tokens_field` is the server's name of `max_tokens`, `extra` goes into every chat request
+  as it is. `sleep` and `uniform` (in [0, 1)) are for tests. UserError on bad arguments, ImportError
+  without httpx.
   """
 
   def __init__(self, base_url: str, model: str, *, api_key_env: str = '', concurrency: int = 8,
@@ -196,7 +140,7 @@ class HTTPClient:
     key = self._key()
     parts = [list(texts[i:i + _EMBED_ROWS]) for i in range(0, len(texts), _EMBED_ROWS)]
     ask = lambda part: self._post('/embeddings', {'model': self._model, 'input': part},
-                                  lambda payload: _read_rows(payload, len(part)), key)
+                                  lambda payload: chat_json.read_rows(payload, len(part)), key)
     rows = list(self._pool.map(ask, parts)) or [np.zeros((0, 0), np.float32)]
     if faults := [r.text for r in rows if isinstance(r, _Fault)]:
       raise RuntimeError(f'embeddings: {faults[0]}')
@@ -218,10 +162,10 @@ class HTTPClient:
     if not request.messages or request.n < 1:
       raise ValueError(f'wants messages and n >= 1, has {len(request.messages)}, n {request.n}')
     body = self._extra | {
-      'model': self._model, 'messages': [_message(m) for m in request.messages],
+      'model': self._model, 'messages': [chat_json.write_message(m) for m in request.messages],
       self._tokens_field: request.max_tokens, 'temperature': request.temperature,
       'top_p': request.top_p}
-    body |= _given({
+    body |= chat_json.given({
       'tools': [{'type': 'function', 'function': dataclasses.asdict(t)} for t in request.tools],
       'stop': list(request.stop), 'logprobs': self._logprobs})
     return body if request.seed is None else body | {'seed': request.seed}
@@ -233,17 +177,18 @@ class HTTPClient:
       path = os.path.join(self._cache_dir, f'{hashlib.sha256(full.encode()).hexdigest()}.json')
       if (cached := _load(path, request.n)) is not None:
         return cached
-    answers: list[_Answer] = []
+    answers: list[chat_json.Answer] = []
     while (left := request.n - len(answers)) > 0:
       ask = body | ({'n': left} if left > 1 else {})  # some servers do not know the field
       if answers and request.seed is not None:  # the same seed would give the first ones again
         noise = hashlib.sha256(f'{request.seed}/{len(answers)}'.encode()).digest()
         ask['seed'] = int.from_bytes(noise[:4], 'big') >> 1
-      found = self._post('/chat/completions', ask, _read_answers, key)
+      found = self._post('/chat/completions', ask, chat_json.read_answers, key)
       if isinstance(found, _Fault):
-        return [*map(_completion, answers)] + [Completion('', 'error', error=found.text)] * left
+        fault = Completion('', 'error', error=found.text)
+        return [*map(chat_json.read_completion, answers)] + [fault] * left
       answers += found[:left]
-    completions = [*map(_completion, answers)]
+    completions = [*map(chat_json.read_completion, answers)]
     if path and all(c.finish != 'error' for c in completions):
       _store(path, answers, key)
     return completions
@@ -257,7 +202,7 @@ class HTTPClient:
       if isinstance(found, str):
         try:
           return read(json.loads(found))
-        except _MISREAD as error:
+        except chat_json.MISREAD as error:
           why = _excerpt(repr(error), key)
           found = _Fault(f'unreadable answer, {why}: {_excerpt(found, key)}', 'once')
       # Once more, for a proxy may have cut it; what is no such server stays so, at a price each.
@@ -280,6 +225,7 @@ class HTTPClient:
       with self._http.stream(
           'POST', self._base_url + path, content=json.dumps(body).encode(), headers=headers,
           timeout=httpx.Timeout(left, connect=min(left, _CONNECT_S))) as reply:
+        reply.request.extensions['timeout']['read'] = max(until - time.monotonic(), 1e-3)
         for part in reply.iter_bytes():  # httpx bounds each read, not their sum
           parts.append(part)
           if time.monotonic() >= until:

@@ -20,6 +20,7 @@ from zppo_jax.core.types import ToolCall, ToolSpec
 
 _END_THINK = '</think>'
 _VERB = r'[A-Za-z_][\w.-]*'
+_MAX_DEPTH = 64  # of a call's JSON: deeper values can be read, but neither copied nor written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +130,19 @@ def _finite(number: str) -> float:
   return value if math.isfinite(value) else _refuse(number)
 
 
-def _load(text: str) -> Any:
+def read_json(text: str) -> Any:
+  """The value of strict JSON, without NaN and Infinity; ValueError if it is none, or too deep."""
   try:
-    return json.loads(text, parse_float=_finite, parse_constant=_refuse)
+    level = [value := json.loads(text, parse_float=_finite, parse_constant=_refuse)]
+    for _ in range(_MAX_DEPTH):
+      inner = (v.values() if isinstance(v, dict) else v for v in level
+               if isinstance(v, (dict, list)))
+      level = [x for part in inner for x in part]
   except (ValueError, RecursionError) as error:
     raise ValueError(f'a call is not valid JSON: {error}') from error
+  if level:
+    raise ValueError(f'a call is nested more than {_MAX_DEPTH} deep')
+  return value
 
 
 def _dump(value: Any) -> str:
@@ -162,12 +171,12 @@ def _as_pair(value: Any) -> tuple[str, dict[str, Any]]:
 
 def _read_object(name: str, body: str) -> list[tuple[str, dict[str, Any]]]:
   del name
-  return [_as_pair(_load(body))]
+  return [_as_pair(read_json(body))]
 
 
 def _read_objects(name: str, body: str) -> list[tuple[str, dict[str, Any]]]:
   del name
-  value = _load(body)
+  value = read_json(body)
   if value == []:
     raise ValueError('a list of calls is empty')
   return [_as_pair(v) for v in value] if isinstance(value, list) else [_as_pair(value)]

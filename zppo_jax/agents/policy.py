@@ -35,10 +35,12 @@ class PolicyClient:
     self._most = max_new_tokens
     self._chat = conversations.Conversations(config, shape)
     self._fresh = itertools.count(2**31)
+    self._updates = 0  # what the slots forget by: a version may come twice
 
   def update(self, params: Params, version: int) -> None:
     """New weights from the next call on; what the slots hold is forgotten."""
     self._params, self._version = params, version
+    self._updates += 1
 
   def open(self, messages: Sequence[types.Message]) -> list[int]:
     """Token ids of a chat, up to where the answer begins."""
@@ -89,7 +91,7 @@ class PolicyClient:
   def _draw(self, settings, stop, asked) -> dict[tuple[int, int], Completion]:
     text = self._tokenizer.decode
     answers = self._chat.generate(
-      self._params, [r for _, r in asked], key=self._key, settings=settings, version=self._version,
+      self._params, [r for _, r in asked], key=self._key, settings=settings, version=self._updates,
       stop=stops.stop_strings(stop, text) if stop else None)
     found = {}
     for (name, r), a in zip(asked, answers):

@@ -86,6 +86,8 @@ class Limits:
     for name in ('wall_s', 'cpu_s', 'memory_bytes', 'output_bytes'):
       if not getattr(self, name) > 0:
         raise ValueError(f'{name} must be positive, got {getattr(self, name)}')
+    if not math.isfinite(self.cpu_s):
+      raise ValueError(f'cpu_s must be finite, got {self.cpu_s}')
     if self.file_bytes < 0:
       raise ValueError(f'file_bytes must be at least 0, got {self.file_bytes}')
 
@@ -199,10 +201,11 @@ def _read(stream, data: bytearray, most: int) -> bool:
 
 
 def _remove(folder: str) -> None:
-  try:
+  with contextlib.suppress(RecursionError):  # a program may nest folders as deep as it likes
     shutil.rmtree(folder, ignore_errors=True)
-  except RecursionError:  # a program may nest folders as deep as it likes
-    subprocess.run(['rm', '-rf', folder], check=False, capture_output=True)
+  if os.path.exists(folder):  # or take the rights to them away
+    for command in (['chmod', '-R', 'u+rwx'], ['rm', '-rf']):
+      subprocess.run([*command, folder], check=False, capture_output=True)
 
 
 def _status(returncode: int, late: bool) -> Status:

@@ -51,8 +51,9 @@ class ToolLimits:
   max_tool_bytes: int = 16384
 
   def __post_init__(self):
-    if not self.call_s > 0:
-      raise ValueError(f'call_s must be positive, got {self.call_s}')
+    if not 0 < self.call_s <= threading.TIMEOUT_MAX:
+      raise ValueError(f'call_s must be positive and at most {threading.TIMEOUT_MAX:.0f}, '
+                       f'got {self.call_s}')
     if self.max_tool_bytes < 64:
       raise ValueError(f'max_tool_bytes must be at least 64, got {self.max_tool_bytes}')
 
@@ -121,7 +122,13 @@ def _answer(
     return f'{call.name!r} failed: {type(value).__name__}: {value}'
   if not isinstance(value, ToolResult):
     return f'{call.name!r} returned {type(value).__name__}, not a ToolResult'
+  if not isinstance(value.content, str) or not _is_cost(value.cost):
+    return f'{call.name!r} returned a ToolResult without a text or with a cost that is no number'
   return value
+
+
+def _is_cost(cost: Any) -> bool:
+  return isinstance(cost, dict) and all(isinstance(v, (int, float)) for v in cost.values())
 
 
 def _guarded(

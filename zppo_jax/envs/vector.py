@@ -46,8 +46,9 @@ class VectorEnv:
     if size < 1:
       raise ValueError(f'size must be at least 1, got {size}')
     for name, value in (('deadline_s', deadline_s), ('reset_s', reset_s)):
-      if not value > 0:
-        raise ValueError(f'{name} must be positive, got {value}')
+      if not 0 < value <= threading.TIMEOUT_MAX:
+        raise ValueError(f'{name} must be positive and at most {threading.TIMEOUT_MAX:.0f}, '
+                         f'got {value}')
     self.factory = factory
     self.deadline_s = deadline_s
     self.reset_s = reset_s
@@ -143,7 +144,7 @@ def _serve(factory: Callable[[], api.TextEnv], inbox: queue.SimpleQueue) -> None
   while (request := inbox.get()) is not None:
     answer, method, args = request
     try:
-      env = env or factory()
+      env = factory() if env is None else env
       answer.set_result(getattr(env, method)(*args))
     except BaseException as error:  # SystemExit too: it would end the thread without an answer
       answer.set_exception(error)

@@ -73,13 +73,14 @@ def sampling(given: Mapping[str, Any], max_gen_toks: int) -> dict[str, Any]:
   """
   if unknown := sorted(set(given) - KNOWN):
     raise UserError(f'generation kwargs {unknown} are not supported, known are {sorted(KNOWN)}')
+  given = {name: value for name, value in given.items() if value is not None}
   if given.get('num_beams', 1) != 1:
     raise UserError(f'generation kwargs: num_beams must be 1, got {given["num_beams"]}')
   until, sample = given.get('until') or (), given.get('do_sample')
   until = (until,) if isinstance(until, str) else tuple(until)
   # do_sample without a temperature is temperature 1 to transformers
   temperature = 0.0 if sample is False else float(given.get('temperature', 1.0 if sample else 0.0))
-  most = next((given[name] for name in MOST if given.get(name) is not None), max_gen_toks)
+  most = next((given[name] for name in MOST if name in given), max_gen_toks)
   return dict(max_tokens=int(most), temperature=temperature,
               top_p=float(given.get('top_p', 1.0)) if temperature else 1.0,
               stop=tuple(s for s in until if s))
@@ -184,15 +185,21 @@ class Requests:
   def apply_chat_template(self, history: Sequence[Mapping[str, str]],
                           add_generation_prompt: bool = True) -> str:
     """Text of a chat; without a generation prompt it ends inside the last message, to be gone on
-    with. Raises UserError without a template."""
+    with. Raises UserError without a template, and on one that leaves out how that message begins.
+    """
     if self.template is None:
       raise UserError('chats need a template: the policy was given none')
     special = {i: token for token, i in self.tokenizer.special.items()}
     text = templates.get_template(self.template).format(
       [types.Message(m['role'], m['content']) for m in history], add_generation_prompt,
       special.get(self.tokenizer.bos_id, ''), special[self.tokenizer.eos_id])
+    if add_generation_prompt:
+      return text
     last = history[-1]['content']
-    return text if add_generation_prompt else text[:text.rindex(last) + len(last)]
+    last = last if last in text else last.strip()  # as many templates write it
+    if last not in text:
+      raise UserError(f'the template leaves out what an answer begins with: {last!r}')
+    return text[:text.rindex(last) + len(last)]
 
 
 def adapter(client: Any, tokenizer: Any, *, score: Callable[[Sequence[Pair]], list[Score]],

@@ -22,6 +22,17 @@ from zppo_jax.models.config import ModelConfig
 from zppo_jax.train import checkpoint
 from zppo_jax.train.setup import Questions
 
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A policy with all that it takes to talk to it; `template` None = it came without one."""
+
+  config: ModelConfig
+  params: Any
+  tokenizer: Any
+  template: Any
+
+
 # What a config section still decides when the architecture comes from a checkpoint.
 RUN_FIELDS = ('dtype', 'param_dtype', 'remat', 'unroll', 'query_chunk')
 
@@ -72,12 +83,16 @@ def architecture(section: Any, folder: str, vocab_size: int = 0) -> ModelConfig:
   if not is_published(folder):
     return model_config(section, vocab_size)
   found = hf_config.read(folder)
-  if vocab_size > found.vocab:
-    raise UserError(f'{folder}: {found.vocab} rows of the embedding, but the tokenizer has '
-                    f'{vocab_size} ids')
+  _check_rows(folder, found, vocab_size)
   own = {name: section[name] for name in RUN_FIELDS}
   return dataclasses.replace(found, **own, **_kernels(section),
                              num_valid=vocab_size or found.vocab)
+
+
+def _check_rows(folder: str, model: ModelConfig, vocab_size: int) -> None:
+  if vocab_size > model.vocab:
+    raise UserError(f'{folder}: {model.vocab} rows of the embedding, but the tokenizer has '
+                    f'{vocab_size} ids')
 
 
 def adapters(config: Any) -> lora.Settings | None:
@@ -108,6 +123,36 @@ def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
             load_policy(own['base'], mesh)[1])
     params = lora.merge(config, base, params, alpha=own['alpha'])
   return config, params, facts
+
+
+def load_with_tokenizer(folder: str, mesh, dtype: str | None = None) -> Policy:
+  """The newest policy of a run, or a published checkpoint (in `dtype`, default its own).
+
+  Raises UserError on a folder that is neither, or lacks its tokenizer.
+  """
+  if not is_published(folder):
+    if dtype:
+      raise UserError('dtype: only a published checkpoint takes one, a run keeps its own')
+    config, params, _ = load_policy(folder, mesh)
+    tokenizer = tokenizer_lib.load(_file(folder, 'tokenizer.json'))
+    with open(_file(folder, 'config.json'), encoding='utf-8') as file:
+      given = json.load(file)
+    template = given['data']['template']
+    if template == 'auto':
+      template = own_template(given['init']['checkpoint']) or 'plain'
+    return Policy(config, params, tokenizer, template)
+  tokenizer = tokenizer_lib.build_tokenizer(dict(kind='hf', path=_file(folder, 'tokenizer.json')))
+  config, params = models.load(folder, mesh=mesh, dtype=dtype)
+  _check_rows(folder, config, tokenizer.vocab_size)
+  config = dataclasses.replace(config, num_valid=tokenizer.vocab_size)
+  return Policy(config, params, tokenizer, own_template(folder))
+
+
+def _file(folder: str, name: str) -> str:
+  path = os.path.join(folder, name)
+  if not os.path.exists(path):
+    raise UserError(f'{folder}: {name} is missing')
+  return path
 
 
 def write_facts(workdir: str, config: ModelConfig, tokenizer, own: lora.Settings | None = None,
