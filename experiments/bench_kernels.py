@@ -1,6 +1,7 @@
 """Times the delta rule: python -m experiments.bench_kernels [--time=4096 --heads=8 --out=DIR]
 
-(or, with --kernel=tls_attention, sparse decoding: bench_tls.py)
+(or, with --kernel=tls_attention, sparse decoding: bench_tls.py; with --kernel=block_attention, its
+form for training: bench_blocks.py)
 
 On this machine, ours against the token scan and, with --peer_python, against the chunked rule of
 transformers in torch, in turn and in one run:
@@ -214,6 +215,11 @@ def main(argv) -> None:
     from experiments import bench_tls
     bench_tls.run([int(n) for n in f.lengths], f.dtypes, f.repeats, f.out)
     return
+  if f.kernel == 'block_attention':
+    from experiments import bench_blocks
+    lengths = f.lengths if f['lengths'].present else bench_blocks.LENGTHS
+    bench_blocks.run([int(n) for n in lengths], f.dtypes, f.repeats, f.out)
+    return
   shape = Shape(f.time, f.heads, f.key, f.value)
   if f.aot:
     from experiments import bench_kernels_aot, bench_kernels_tokamax
@@ -231,11 +237,11 @@ def main(argv) -> None:
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('kernel', 'delta_rule', ['delta_rule', 'tls_attention'],
-                    'What to time; the second: see bench_tls.')
-  flags.DEFINE_list('lengths', ['16384', '49152', '98304', '131072'], 'Contexts of tls_attention.')
+  flags.DEFINE_enum('kernel', 'delta_rule', ['delta_rule', 'tls_attention', 'block_attention'],
+                    'What to time; see bench_tls and bench_blocks for the others.')
+  flags.DEFINE_list('lengths', ['16384', '49152', '98304', '131072'], 'Contexts of the others.')
   flags.DEFINE_multi_enum('dtypes', ['float32', 'bfloat16'], ['float32', 'bfloat16'],
-                          'Of tls_attention.')
+                          'Of the others.')
   flags.DEFINE_integer('time', 4096, 'Tokens.')
   flags.DEFINE_list('scaling', [], 'Lengths to compare with each other instead, say 4096,16384.')
   flags.DEFINE_integer('heads', 8, 'Heads.')

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import bench_common as common
 from kernels import tls_attention as tls
-from kernels.tls_attention import chunked, levels
+from kernels.tls_attention import chunked, levels, shapes
 
 BOUND = {'float32': 1e-5, 'bfloat16': 2e-2}  # relative RMS, to attention over the chosen tokens
 
@@ -53,12 +53,8 @@ def full(q, key, value, length, scale: float):
 
 def read_bytes(s: Shape, config: tls.Config) -> dict[str, int]:
   """Bytes that a step reads per side."""
-  size, row = jnp.dtype(s.dtype).itemsize, 2 * s.width
-  blocks = -(-s.length // config.block)
-  label = s.labels // 2 + 8
-  return {'full': s.key_heads * s.length * row * size,
-          'sparse': s.key_heads * (blocks * row * size + config.candidates * label
-                                   + config.top_tokens * row * size)}
+  case = shapes.Case(s.length, 1, s.heads, s.key_heads, s.width, s.width, s.labels, s.dtype)
+  return {'full': shapes.full_bytes(case), 'sparse': shapes.sparse_bytes(case, config)}
 
 
 def arrays(s: Shape, config: tls.Config) -> dict[str, Any]:

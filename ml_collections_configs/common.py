@@ -79,7 +79,11 @@ def base(preset):
     prompt_tokens=32 if tiny else 4096, reformulated_tokens=184 if tiny else 12_288,
     max_new_tokens=40 if tiny else 12_288, temperature=1.0, write_prompt_tokens=0 if tiny else
     16_384, write_chunk=64, chunk_groups=120 if preset == 'pod' else 0,
-    slots=0)  # rows in flight, refilled as they end; 0 = all rows of a call until the last one ends
+    slots=0,  # rows in flight, refilled as they end; 0 = all rows of a call until the last one ends
+    # Keys that a token is drawn by (AsyncTLS), chosen among top_blocks blocks; 0 = all. Scores are
+    # by all keys, so it wants method.correction, or uncorrected=True.
+    sparse=dict(top_tokens=0, top_blocks=128, block=64, sink_blocks=1, stale=False, labels=32,
+                uncorrected=False))
   # Tools make a rollout an episode: answers, tool answers (not trained on), answers; then
   # rollout.max_new_tokens is the room for all of it. '{tools}' describes them to the policy.
   c.agent = dict(tools=(), parser='xml_tags' if tiny else 'hermes',

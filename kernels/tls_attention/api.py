@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from kernels.common import dispatch
-from kernels.tls_attention import chunked, levels
+from kernels.tls_attention import chunked, levels, pallas_gpu, pallas_tpu
 from kernels.tls_attention import config as config_lib
 from kernels.tls_attention.config import Array, Config, State
 
 # Modules with `token_scores` and `attend`: what reads the cache.
-IMPLEMENTATIONS = {'chunked': chunked}
-DEFAULT = ('chunked',)
+IMPLEMENTATIONS = {'chunked': chunked, 'pallas_tpu': pallas_tpu, 'pallas_gpu': pallas_gpu}
+DEFAULT = ('pallas_tpu', 'chunked')
 
 
-def decode(q: Array, key: Array, value: Array | int, state: State, *, channels: Array,
+def decode(q: Array, key: Array, value: Array | int | None, state: State, *, channels: Array,
            length: Array, config: Config, scale: float | None = None,
            implementation: str | Sequence[str] | None = None) -> tuple[Array, State]:
   """softmax(scale q . k) v over at most config.top_tokens tokens per key head.
@@ -27,9 +27,10 @@ def decode(q: Array, key: Array, value: Array | int, state: State, *, channels: 
   The blocks with the largest bounds of q . k, in them the tokens with the largest 4-bit scores,
   over those exact attention. q [B, HQ, D] of the token number length[b] - 1, whose key and value
   [B, HK, N, D] and [B, HK, N, V] are in the cache and in `state` already; an int V for `value` is
-  the first V channels of the keys (latent attention); channels i32[HK, R] by `calibrate`. With
-  config.stale the tokens come from the blocks that the query before chose, which a pool may have
-  fetched meanwhile; this query's blocks are the state's next ones.
+  the first V channels of the keys (latent attention), and None says that `key` is packed,
+  [B, HK, N, 2, D] by `pack`; channels i32[HK, R] by `calibrate`. With config.stale the tokens come
+  from the blocks that the query before chose, which a pool may have fetched meanwhile; this query's
+  blocks are the state's next ones.
 
   Returns (out [B, HQ, V] in the dtype of value, state). Scale defaults to D ** -0.5. Raises
   ValueError on shapes or settings that do not fit. There is no gradient through the choice.
@@ -51,8 +52,9 @@ def choose(q: Array, state: State, *, length: Array, config: Config) -> State:
   return dataclasses.replace(state, chosen=levels.choose_blocks(scores, length, config))
 
 
-def read(q: Array, key: Array, value: Array | int, state: State, candidates: Array, pages: Array, *,
-         channels: Array, length: Array, config: Config, scale: float | None = None,
+def read(q: Array, key: Array, value: Array | int | None, state: State, candidates: Array,
+         pages: Array, *, channels: Array, length: Array, config: Config,
+         scale: float | None = None,
          implementation: str | Sequence[str] | None = None) -> Array:
   """The second and third level: attention over the best tokens of the candidate blocks.
 

@@ -5,26 +5,49 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.tls_attention.config import Array, Config, Labels, State, Summary, problems_of_channels
+from kernels.common import dispatch
+from kernels.tls_attention import tpu_append
+from kernels.tls_attention.config import (
+  NONE,
+  Array,
+  Config,
+  Labels,
+  State,
+  Summary,
+  per_row,
+  problems_of_channels,
+)
 
 LEVELS = 15  # of a 4-bit code
 
 
-def calibrate(query: Array, key: Array, count: int) -> Array:
-  """Channels i32[HK, count] of a head with the largest mean of |q_d k_d|, in rising order.
+def weigh(query: Array, key: Array, real: Array | None = None) -> Array:
+  """How much each channel of a key head has to say: the sum of |q_d k_d|, f32[HK, D].
 
-  query [S, HQ, D] and key [S, HK, D] of sampled tokens; the mean is over tokens and over the query
-  heads of the key head. arXiv 2408.07092.
+  query [S, HQ, D] and key [S, HK, D] of the tokens that bool[S] `real` counts; the mean over the
+  query heads of the key head. arXiv 2408.07092.
   """
+  grouped = jnp.abs(query.astype(jnp.float32)).reshape(len(query), key.shape[1], -1, key.shape[2])
+  product = grouped.mean(2) * jnp.abs(key.astype(jnp.float32))
+  if real is not None:
+    product = jnp.where(real[:, None, None], product, 0)
+  return jnp.sum(product, axis=0)
+
+
+def channels_of(weight: Array, count: int) -> Array:
+  """Channels i32[..., HK, count] with the largest weights of f32[..., HK, D], in rising order."""
+  return jnp.sort(lax.top_k(weight, count)[1], axis=-1).astype(jnp.int32)
+
+
+def calibrate(query: Array, key: Array, count: int) -> Array:
+  """`channels_of` what `weigh` finds in sampled queries [S, HQ, D] and keys [S, HK, D]."""
   samples, heads, width = query.shape
   if heads % key.shape[1] or key.shape[::2] != query.shape[::2]:
     raise ValueError(f'query {query.shape} and key {key.shape} must be [S, HQ, D] and [S, HK, D], '
                      'HQ a multiple of HK')
   if not 1 <= count <= width:
     raise ValueError(f'count must lie in 1..D = {width}, got {count}')
-  grouped = jnp.abs(query).reshape(samples, key.shape[1], -1, width).mean(2)
-  weight = jnp.mean(grouped * jnp.abs(key), axis=0)
-  return jnp.sort(lax.top_k(weight, count)[1], axis=-1).astype(jnp.int32)
+  return channels_of(weigh(query, key), count)
 
 
 def quantise(rows: Array) -> tuple[Array, Array, Array]:
@@ -40,8 +63,19 @@ def quantise(rows: Array) -> tuple[Array, Array, Array]:
 
 def label_of(key: Array, channels: Array) -> tuple[Array, Array, Array]:
   """`quantise` of the labels of keys [B, HK, N, D]."""
-  picked = jnp.take_along_axis(key, channels[None, :, None].astype(jnp.int32), axis=3)
+  picked = jnp.take_along_axis(key, per_row(channels)[:, :, None], axis=3)
   return quantise(picked)
+
+
+def empty(rows: int, heads: int, room: int, width: int, labels: int, config: Config, dtype
+          ) -> State:
+  """State of no keys, for caches [rows, heads, room, width] and labels of so many channels."""
+  tokens, far = (rows, heads, room), jnp.finfo(dtype)
+  bounds = jnp.full((rows, heads, room // config.block, width), far.min, dtype)
+  chosen = jnp.full((rows, heads, config.top_blocks), NONE, jnp.int32)
+  return State(Summary(jnp.concatenate([bounds, -bounds], axis=-1)),
+               Labels(jnp.zeros((rows, heads, labels // 2, room), jnp.uint8), jnp.zeros(tokens),
+                      jnp.zeros(tokens)), chosen)
 
 
 def summarise(key: Array, length: Array, channels: Array, config: Config) -> State:
@@ -62,13 +96,31 @@ def summarise(key: Array, length: Array, channels: Array, config: Config) -> Sta
   high = jnp.max(cut(jnp.where(real, key, far.min)), axis=3)
   low = jnp.min(cut(jnp.where(real, key, far.max)), axis=3)
   codes, scale, zero = label_of(key, channels)
-  chosen = jnp.full((rows, heads, config.top_blocks), blocks, jnp.int32)
+  chosen = jnp.full((rows, heads, config.top_blocks), NONE, jnp.int32)
   return State(Summary(jnp.concatenate([high, low], axis=-1)),
                Labels(jnp.swapaxes(codes, 2, 3), scale, zero), chosen)
 
 
-def append(state: State, key: Array, length: Array, channels: Array, config: Config) -> State:
+def pack(key: Array, value: Array) -> Array:
+  """[B, HK, N, 2, D] of keys and values [B, HK, N, D]: a token's two rows beside each other, so
+  that one copy fetches both."""
+  if key.shape != value.shape:
+    raise ValueError(f'keys {key.shape} and values {value.shape} must have one shape to be packed')
+  return jnp.stack([key, value], axis=3)
+
+
+def append(state: State, key: Array, length: Array, channels: Array, config: Config,
+           implementation: str | None = None) -> State:
   """Adds the label and the bounds of one key [B, HK, D], the token number length[b] of its row."""
+  label = tuple(x[:, :, 0] for x in label_of(key[:, :, None], channels))
+  table = {'pallas_tpu': tpu_append.write, 'scatter': scatter}
+  return dispatch.run('tls_attention.append', table, implementation, tuple(table), state, key,
+                      label, length, config)
+
+
+def scatter(state: State, key: Array, label: tuple[Array, Array, Array], length: Array,
+            config: Config) -> State:
+  """`append` of a key and its label as XLA operations."""
   rows = jnp.arange(key.shape[0])
   block = length // config.block
   held = state.summary.bounds
@@ -77,8 +129,8 @@ def append(state: State, key: Array, length: Array, channels: Array, config: Con
   own = key.astype(held.dtype)
   wider = jnp.concatenate([jnp.maximum(high, own), jnp.minimum(low, own)], axis=-1)
   summary = Summary(held.at[rows, :, block].set(wider, mode='drop'))
-  codes, scale, zero = label_of(key[:, :, None], channels)
-  labels = Labels(state.labels.codes.at[rows, :, :, length].set(codes[:, :, 0], mode='drop'),
-                  state.labels.scale.at[rows, :, length].set(scale[:, :, 0], mode='drop'),
-                  state.labels.zero.at[rows, :, length].set(zero[:, :, 0], mode='drop'))
+  codes, scale, zero = label
+  labels = Labels(state.labels.codes.at[rows, :, :, length].set(codes, mode='drop'),
+                  state.labels.scale.at[rows, :, length].set(scale, mode='drop'),
+                  state.labels.zero.at[rows, :, length].set(zero, mode='drop'))
   return State(summary, labels, state.chosen)

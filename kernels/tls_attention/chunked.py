@@ -17,8 +17,7 @@ def token_scores(q: Array, labels: Labels, channels: Array, candidates: Array, l
   """
   rows, heads, _, room = labels.codes.shape
   blocks = room // config.block
-  grouped = levels.grouped(q, heads)
-  picked = jnp.take_along_axis(grouped, channels[None, :, None], axis=3) * scale
+  picked = levels.label_query(q, channels) * scale
   index = jnp.minimum(candidates, blocks - 1)
 
   def cut(x):  # the candidate blocks of [B, HK, ..., N], tokens last
@@ -36,23 +35,26 @@ def token_scores(q: Array, labels: Labels, channels: Array, candidates: Array, l
   return levels.reduce_heads(found, real, config)
 
 
-def attend(q: Array, key: Array, value: Array | int, pages: Array, scores: Array, config: Config,
-           scale: float) -> Array:
+def attend(q: Array, key: Array, value: Array | int | None, pages: Array, scores: Array,
+           config: Config, scale: float) -> Array:
   """Softmax attention of [B, HQ, D] over the best top_tokens tokens of the pages, [B, HQ, V]."""
   at, valid = levels.choose_tokens(scores, pages, config)
   return attend_rows(q, key, value, at, valid, scale)
 
 
-def attend_rows(q: Array, key: Array, value: Array | int, at: Array, valid: Array, scale: float
-                ) -> Array:
+def attend_rows(q: Array, key: Array, value: Array | int | None, at: Array, valid: Array,
+                scale: float) -> Array:
   """Softmax attention of [B, HQ, D] over the rows at[b, h], [B, HQ, V] in the dtype of the cache.
 
-  key [B, HK, N, D] with value [B, HK, N, V] or an int V: the first V channels of the keys. A query
-  without rows gives 0.
+  key [B, HK, N, D] with value [B, HK, N, V] or an int V: the first V channels of the keys; or None
+  with packed keys [B, HK, N, 2, D]. A query without rows gives 0.
   """
-  rows = lambda x: jnp.take_along_axis(x, at[..., None], axis=2)
+  rows = lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), axis=2)
   keys = rows(key)
-  values = keys[..., :value] if isinstance(value, int) else rows(value)
+  if value is None:
+    keys, values = keys[..., 0, :], keys[..., 1, :]
+  else:
+    values = keys[..., :value] if isinstance(value, int) else rows(value)
   query = levels.grouped(q, key.shape[1])
   logits = scale * jnp.einsum('bhgd,bhnd->bhgn', query.astype(keys.dtype), keys,
                               preferred_element_type=jnp.float32)

@@ -14,6 +14,9 @@ import jax
 Array = jax.Array
 
 
+NONE = 2**20  # stands for no block in lists of blocks, whatever their number
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """What a decode step may read. `sink_blocks` at the start and the block being filled are always
@@ -66,12 +69,11 @@ class State:
 
   summary: Summary
   labels: Labels
-  chosen: Array  # i32[B, HK, top_blocks], by the query before; NB = none
+  chosen: Array  # i32[B, HK, top_blocks], by the query before; NONE where there are fewer
 
 
-def check(c: Config, q: Array, key: Array, channels: Array) -> None:
-  """Raises ValueError naming the argument, the bound and the value."""
-  rows, heads, width = q.shape
+def problems(c: Config) -> list[str]:
+  """Everything that is wrong with the settings, as 'name must ..., got ...' lines."""
   found = []
   for name in ('block', 'top_blocks', 'top_tokens'):
     if getattr(c, name) < 1:
@@ -87,8 +89,16 @@ def check(c: Config, q: Array, key: Array, channels: Array) -> None:
                  f'got {c.sink_blocks}')
   if c.reduce not in ('softmax_max', 'max_logit'):
     found.append(f"reduce must be 'softmax_max' or 'max_logit', got {c.reduce!r}")
-  if key.ndim != 4 or key.shape[0] != rows or key.shape[3] != width:
-    found.append(f'key must be [B={rows}, HK, N, D={width}], got {key.shape}')
+  return found
+
+
+def check(c: Config, q: Array, key: Array, channels: Array) -> None:
+  """Raises ValueError naming the argument, the bound and the value."""
+  rows, heads, width = q.shape
+  found = problems(c)
+  if key.shape[:1] + key.shape[3:] not in ((rows, width), (rows, 2, width)):
+    found.append(f'key must be [B={rows}, HK, N, D={width}], or packed [.., N, 2, D], '
+                 f'got {key.shape}')
   elif heads % key.shape[1]:
     found.append(f'HQ = {heads} must be a multiple of HK = {key.shape[1]}')
   elif not found and key.shape[2] % c.block:
@@ -98,11 +108,17 @@ def check(c: Config, q: Array, key: Array, channels: Array) -> None:
     raise ValueError('tls_attention: ' + '; '.join(found))
 
 
+def per_row(channels: Array) -> Array:
+  """Channels [B or 1, HK, R], whether every row has its own or all share them."""
+  return channels if channels.ndim == 3 else channels[None]
+
+
 def problems_of_channels(channels: Array, key: Array) -> list[str]:
-  """What is wrong with calibrated channels i32[HK, R], if anything."""
-  if channels.ndim != 2 or channels.shape[0] != key.shape[1]:
-    return [f'channels must be [HK={key.shape[1]}, R] as `calibrate` gives them, '
-            f'got {channels.shape}']
-  if channels.shape[1] % 2 or not 2 <= channels.shape[1] <= key.shape[3]:
-    return [f'channels: R must be even and in 2..D = {key.shape[3]}, got {channels.shape[1]}']
+  """What is wrong with calibrated channels i32[HK, R] or i32[B, HK, R], if anything."""
+  heads, count = key.shape[:2], channels.shape[-1]
+  if channels.shape[:-1] not in (heads, heads[1:]):
+    return [f'channels must be [HK={heads[1]}, R] as `calibrate` gives them, or one such for each '
+            f'of B={heads[0]} rows, got {channels.shape}']
+  if count % 2 or not 2 <= count <= key.shape[-1]:
+    return [f'channels: R must be even and in 2..D = {key.shape[-1]}, got {count}']
   return []

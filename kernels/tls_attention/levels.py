@@ -7,12 +7,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.tls_attention import select
-from kernels.tls_attention.config import Array, Config, Summary
+from kernels.tls_attention.config import NONE, Array, Config, Summary, per_row
 
 
 def grouped(q: Array, heads: int) -> Array:
   """f32[B, HK, G, D] of queries [B, HQ, D]."""
   return q.astype(jnp.float32).reshape(q.shape[0], heads, -1, q.shape[-1])
+
+
+def label_query(q: Array, channels: Array) -> Array:
+  """The channels of queries [B, HQ, D] that labels hold, f32[B, HK, G, R]."""
+  grouped_q = grouped(q, channels.shape[-2])
+  return jnp.take_along_axis(grouped_q, per_row(channels)[:, :, None], axis=3)
 
 
 def block_scores(q: Array, summary: Summary, length: Array, config: Config) -> Array:
@@ -32,7 +38,7 @@ def block_scores(q: Array, summary: Summary, length: Array, config: Config) -> A
 
 
 def choose_blocks(scores: Array, length: Array, config: Config) -> Array:
-  """Blocks to look into, i32[B, HK, top_blocks] in rising order, NB = none.
+  """Blocks to look into, i32[B, HK, top_blocks] in rising order, NONE behind them.
 
   The sinks and the block of the last token are always among them, and, where the choice is for the
   next query, the block that its token will be in.
@@ -41,7 +47,8 @@ def choose_blocks(scores: Array, length: Array, config: Config) -> Array:
   always = (number < config.sink_blocks) & (number <= last) | (number == last)
   if config.stale:
     always |= number == length[:, None] // config.block
-  return select.top(jnp.where(always[:, None], jnp.inf, scores), config.top_blocks)
+  found = select.top(jnp.where(always[:, None], jnp.inf, scores), config.top_blocks)
+  return jnp.where(found < scores.shape[-1], found, NONE)
 
 
 def token_positions(candidates: Array, length: Array, config: Config) -> tuple[Array, Array]:

@@ -81,6 +81,12 @@ CASES = (
   ('zppo', dict(method__compress='teacher'), 'rollout.write_prompt_tokens'),
   ('zppo', dict(rollout__max_new_tokens=40_000), 'exceeds model.context = 32768'),
   ('zppo', dict(max_staleness=1), 'max_staleness: 1 without a sampler correction'),
+  ('zppo', dict(rollout__sparse__top_tokens=64),
+   'rollout.sparse.top_tokens: 64 draws from another distribution'),
+  ('grpo', dict(rollout__sparse__top_tokens=64, rollout__sparse__block=20),
+   'rollout.sparse.block: must be a multiple of 8, got 20'),
+  ('grpo', dict(rollout__sparse__top_tokens=64, rollout__sparse__labels=40),
+   'rollout.sparse.labels: must be even and in 2..24'),
   ('zppo', dict(model__heads=3), 'model.heads: must be a multiple of kv_heads = 2, got 3'),
   ('zppo', dict(model__layers=0), 'model.layers: must be at least 1, got 0'),
   ('zppo', dict(train__micro_batches=7), 'method.num_new'),
@@ -113,6 +119,13 @@ def test_rows_must_divide_over_the_mesh():
   config = load('grpo', method__num_new=3, method__group_size=2)
   found = problems(config, num_devices=8)
   assert any(p.startswith('method.num_new: 6') for p in found), found
+
+
+@pytest.mark.parametrize('changes', [dict(method__correction='token_tis'),
+                                     dict(rollout__sparse__uncorrected=True)], ids=str)
+def test_sparse_rollouts_are_corrected_or_named(changes):
+  few = dict(rollout__sparse__top_tokens=64, rollout__sparse__labels=8)
+  assert problems(load('grpo', **few, **changes)) == []
 
 
 def test_correction_allows_staleness():

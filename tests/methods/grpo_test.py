@@ -11,11 +11,12 @@ import pytest
 import tiny
 from fake_context import FakeContext, make_drawn, make_rollout
 
+from kernels import tls_attention as tls
 from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import batches
 from zppo_jax.methods import api, grpo, sft, table
-from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.config import ModelConfig, Sparse
 from zppo_jax.rewards.verifiers import VerifyResult
 from zppo_jax.sampling import decode
 from zppo_jax.train import context, loop, state, step
@@ -378,6 +379,19 @@ def test_grpo_learns_addition_mod_23(seed):
   """Miniature 8 as written: 150 rollout steps of 32 x 8, 4 updates each, Adam 3e-4."""
   before, after = learns_addition(23, warm_steps=1600, noise=0.85, steps=150, num_new=32, seed=seed)
   assert 0.1 < before < 0.3 and after > 0.5, (before, after)
+
+
+def test_rollouts_drawn_by_few_keys_are_corrected():
+  """The scorer sees all keys: the gap is logged, and the loss knows both log-probs."""
+  run = tiny.make_run('grpo', correction='token_tis')
+  few = Sparse(tls.Config(block=8, top_blocks=2, top_tokens=8), labels=4)
+  run = dataclasses.replace(run, setup=dataclasses.replace(run.setup, sparse=few))
+  with jax.set_mesh(run.setup.mesh):
+    programs = run_lib.compile_programs(run)
+    now = run_lib.initial_state(run, programs)
+    taken = tiny.take_step(run, programs, now, 0)
+  assert 1e-3 < taken.metrics['mismatch/abs_max'] < 5 and taken.metrics['mismatch/kl_k3'] > 0
+  assert np.isfinite(taken.metrics['grad_norm']) and 'old_logp' in run.method.needs
 
 
 def test_slots_train_as_the_fixed_batch_does():

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from kernels import tls_attention as tls
 from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import batches
@@ -17,6 +18,7 @@ from zppo_jax.data.tasks import sources
 from zppo_jax.launch import roles, turns
 from zppo_jax.mesh import hosts, place
 from zppo_jax.methods import api, table
+from zppo_jax.models.config import Sparse
 from zppo_jax.rewards.grade import Grader
 from zppo_jax.sampling import decode
 from zppo_jax.train import evaluate, run, state, step
@@ -145,6 +147,15 @@ def check_lengths(questions: Questions, *, prompt_tokens: int, response_tokens: 
       f'{response_row}) has {response} tokens, the largest bucket holds {response_tokens}')
 
 
+def sparse_settings(rollout: Any) -> Sparse | None:
+  """How many keys tokens are drawn by, of the section `rollout`; None = all."""
+  s = rollout.sparse
+  if not s.top_tokens:
+    return None
+  return Sparse(tls.Config(block=s.block, top_blocks=s.top_blocks, top_tokens=s.top_tokens,
+                           sink_blocks=s.sink_blocks, stale=s.stale), labels=s.labels)
+
+
 def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
   """A run ready for `loop.train`. The config must have passed `validate`."""
   if config.launch.compilation_cache:
@@ -177,7 +188,8 @@ def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:
     reformulated_tokens=r.reformulated_tokens, seed=config.seed, teacher=teacher,
     teacher_questions=teacher_questions, write_prompt_tokens=r.write_prompt_tokens,
     write_chunk=r.write_chunk, chunk_groups=r.chunk_groups, slots=r.slots,
-    allow_fractional=config.data.allow_fractional, mesh=mesh, episodes=turns.build_episodes(config))
+    allow_fractional=config.data.allow_fractional, mesh=mesh, episodes=turns.build_episodes(config),
+    sparse=sparse_settings(r))
   eval_sampling = dataclasses.replace(sampling, temperature=e.temperature, top_k=e.top_k,
                                       top_p=e.top_p, min_p=e.min_p)
   optim = state.Optim(**config.optim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -200,6 +201,22 @@ def _staleness(config: Any, method: Any) -> list[Problem]:
                   'method.correction where there is one, or allow_uncorrected_staleness=True')]
 
 
+def _sparse(config: Any, method: Any, model: Any) -> list[Problem]:
+  """Settings of sparse decoding, and what makes up for it in the loss."""
+  own = build.sparse_settings(config.rollout)
+  if own is None or model is None:
+    return []
+  lines = model_lib.problems(dataclasses.replace(model, sparse=own))
+  found = [Problem(f'rollout.{p.split(":")[0]}', p.split(': ', 1)[1]) for p in lines]
+  if method is not None and not config.rollout.sparse.uncorrected and (
+      getattr(method, 'correction', 'none') == 'none'):
+    found.append(Problem(
+      'rollout.sparse.top_tokens', f'{own.kernel.top_tokens} draws from another distribution than '
+      'the loss scores: set method.correction where there is one, or '
+      'rollout.sparse.uncorrected=True'))
+  return found
+
+
 def _data(config: Any) -> list[Problem]:
   found = check_enum('data.on_bad_row', config.data.on_bad_row, ('error', 'skip'))
   found += check_enum('tokenizer.kind', config.tokenizer.kind,
@@ -227,7 +244,8 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
   if model is not None:
     found += _lengths(config, method, model)
   found += _sharding(config, method, model, num_devices) + turns.problems(config)
-  return found + _adapters(config, method, model) + _staleness(config, method)
+  return (found + _adapters(config, method, model) + _staleness(config, method)
+          + _sparse(config, method, model))
 
 
 def validate(config: Any, *, num_devices: int, aot: bool = False) -> None:

@@ -3,11 +3,14 @@ right."""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from kernels import tls_attention as tls
 from zppo_jax.core import types
-from zppo_jax.models.config import ATTENTION_KINDS, DELTA_KINDS, ModelConfig
+from zppo_jax.models.config import DELTA_KINDS, ModelConfig
 
 
 @types.record
@@ -23,6 +26,16 @@ class Latent:
   """Normed latents and rotated shared keys of MLA, side by side."""
 
   key: types.Array  # [R, B, 1, S, rank + rope]
+
+
+@types.record
+class Sparse:
+  """Keys of a layer that decodes at a fixed budget; S is a multiple of the block."""
+
+  rows: KeyValue | Latent
+  state: tls.State  # with R in front of every array
+  weight: types.Array  # f32[R, B, KV, K], of the channels over the tokens of each row
+  channels: types.Array  # i32[R, B, KV, labels], the heaviest when tokens were last appended
 
 
 @types.record
@@ -69,6 +82,19 @@ def _latent(config: ModelConfig, repeats: int, rows: int, size: int) -> Latent:
   return Latent(jnp.zeros((repeats, rows, 1, size, width), config.dtype))
 
 
+def _maybe_sparse(make, config: ModelConfig, repeats: int, rows: int, size: int):
+  """Keys by `make`, with what a fixed budget of them needs where the config has one."""
+  if config.sparse is None:
+    return make(config, repeats, rows, size)
+  kernel, labels = config.sparse.kernel, config.sparse.labels
+  keys = make(config, repeats, rows, -(-size // kernel.block) * kernel.block)
+  _, _, heads, room, width = keys.key.shape
+  state = tls.empty(rows, heads, room, width, labels, kernel, keys.key.dtype)
+  return Sparse(keys, jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), state),
+                jnp.zeros((repeats, rows, heads, width)),
+                jnp.zeros((repeats, rows, heads, labels), jnp.int32))
+
+
 def _recurrent(config: ModelConfig, repeats: int, rows: int, size: int) -> Recurrent:
   c, heads = config, config.linear_value_heads
   state = repeats, rows, heads, c.linear_key_dim, c.linear_value_dim
@@ -77,7 +103,8 @@ def _recurrent(config: ModelConfig, repeats: int, rows: int, size: int) -> Recur
                    jnp.zeros((repeats, rows, c.linear_conv - 1, channels), c.dtype))
 
 
-MIXER_CACHES = dict.fromkeys(ATTENTION_KINDS, _key_value) | {'mla': _latent} | dict.fromkeys(
+MIXER_CACHES = {'sliding': _key_value, 'full': functools.partial(_maybe_sparse, _key_value),
+                'mla': functools.partial(_maybe_sparse, _latent)} | dict.fromkeys(
   DELTA_KINDS, _recurrent)
 KV_AXES = ('layers', 'batch', 'kv_heads', None, 'head_dim')
 RECURRENT_AXES = Recurrent(('layers', 'batch', 'heads', None, None),
@@ -103,6 +130,17 @@ def _go_on(empty, shared, rows: int):
   if not isinstance(empty, Recurrent):
     return empty
   return jax.tree.map(lambda x: jnp.repeat(x, rows // x.shape[1], axis=1), shared)
+
+
+def whole(config: ModelConfig, prompts: Cache, group: int, size: int) -> Cache:
+  """Split cache of `size` columns whose rows hold their prompt themselves, `group` rows of each."""
+  def put(empty, held):
+    held = jnp.repeat(held, group, axis=1)
+    return jax.lax.dynamic_update_slice(empty, held, (0,) * held.ndim)
+
+  layers = init(config, len(prompts.length) * group, size).layers
+  return Cache(unstack(config, jax.tree.map(put, layers, prompts.layers)),
+               jnp.repeat(prompts.length, group), split=True)
 
 
 def as_prefix(prompts: Cache) -> Prefix:

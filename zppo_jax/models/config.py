@@ -7,6 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from kernels import tls_attention as tls
+
 DELTA_KINDS = ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')  # mixers by the delta rule
 ATTENTION_KINDS = ('full', 'sliding')
 MLPS = ('dense', 'moe')
@@ -60,6 +62,18 @@ class Moe:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sparse:
+  """Decoding at a fixed budget of keys, in full and latent attention (arXiv 2604.07815).
+
+  Labels hold the channels that weigh most in their own row.
+  """
+
+  kernel: tls.Config = tls.Config()
+  labels: int = 32  # channels of a label
+  implementation: str | None = None  # None = fastest that runs
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder. `mixers` and `mlps` are patterns, repeated over the layers.
 
@@ -88,6 +102,7 @@ class ModelConfig:
   attn_scale: float | None = None  # of the scores; None = head_dim ** -0.5
   attn_cap: float | None = None  # soft cap of the scores
   attn_kernel: str | None = None  # implementation of attention; None = fastest that runs
+  sparse: Sparse | None = None  # how tokens are drawn; training and scoring see all keys
   logit_cap: float | None = None
   window: int = 0  # keys that a sliding layer sees, its own included
   embed_scale: float = 1.0
@@ -202,9 +217,12 @@ def _stage(kinds, first: int, period: int, repeats: int) -> Stage:
 def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
   """The config that `dataclasses.asdict` described, as JSON gives it back."""
   fields = dict(fields)
-  for name, record in (('rope', Rope), ('mla', Mla), ('moe', Moe)):
+  for name, record in (('rope', Rope), ('mla', Mla), ('moe', Moe), ('sparse', Sparse)):
     if fields.get(name) is not None:
       fields[name] = record(**fields[name])
+  if fields.get('sparse') is not None:
+    fields['sparse'] = dataclasses.replace(
+      fields['sparse'], kernel=tls.Config(**fields['sparse'].kernel))
   for name in ('mixers', 'mlps'):
     if name in fields:
       fields[name] = tuple(fields[name])
@@ -239,7 +257,7 @@ def problems(config: ModelConfig) -> list[str]:
     found.append(f'window: must be at least 1 with sliding layers, got {config.window}')
   if set(config.mixers) & set(DELTA_KINDS):
     found += _linear_problems(config)
-  return found + _mla_problems(config) + _moe_problems(config)
+  return found + _mla_problems(config) + _moe_problems(config) + _sparse_problems(config)
 
 
 def _linear_problems(c: ModelConfig) -> list[str]:
@@ -269,6 +287,23 @@ def _mla_problems(c: ModelConfig) -> list[str]:
     found.append(f'mla.rope: must be even, got {c.mla.rope}')
   if c.mla.pairs not in ('interleaved', 'half', 'none'):
     found.append(f"mla.pairs: must be interleaved, half or none, got {c.mla.pairs!r}")
+  return found
+
+
+def _sparse_problems(c: ModelConfig) -> list[str]:
+  if c.sparse is None:
+    return []
+  lines = (line.split(' ', 1) for line in tls.problems(c.sparse.kernel))
+  found = [f'sparse.{name}: {reason}' for name, reason in lines]
+  widths = ({c.head_dim} if 'full' in c.mixers else set()) | (
+    {c.mla.rank + c.mla.rope} if 'mla' in c.mixers and c.mla else set())
+  if not widths:
+    found.append(f'sparse: needs full or mla layers, got {sorted(set(c.mixers))}')
+  elif c.sparse.labels % 2 or not 2 <= c.sparse.labels <= min(widths):
+    found.append(f'sparse.labels: must be even and in 2..{min(widths)}, the width of a key, '
+                 f'got {c.sparse.labels}')
+  if c.attn_cap is not None:
+    found.append(f'sparse: scores have no soft cap, got attn_cap = {c.attn_cap}')
   return found
 
 

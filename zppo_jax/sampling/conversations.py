@@ -77,7 +77,8 @@ class Conversations:
     if jax.process_count() > 1:
       raise UserError(f'slots: one process is needed so far, the run has {jax.process_count()}')
     self.config, self.shape = config, shape
-    self._whole = bool(set(config.mixers) & set(DELTA_KINDS))  # a recurrence cannot be cut
+    # A recurrence cannot be cut, nor can the weights of the channels of labels.
+    self._whole = bool(set(config.mixers) & set(DELTA_KINDS)) or config.sparse is not None
     self._slots, self._held, self._facts, self._clock = None, [], None, 0
     self._params = self._blocks = None
     self._weights = np.random.default_rng(0).integers(2**63, size=shape.context, dtype=np.uint64)

@@ -222,11 +222,15 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
                   state.step + 1, rules.update(chain, state.rules, token, step, live))
 
   cache, logits = prefill(config, params, prompts.tokens, prompts.length)
-  prefix, logits = cache_lib.as_prefix(cache), rep(logits)
-  blocks = decoder.split_blocks(config, params)  # once, not in every step
+  blocks, logits = decoder.split_blocks(config, params), rep(logits)  # once, not in every step
   rows = valid.shape[0]
-  cache = cache_lib.split(config, rows, width, prefix)
-  prefix = cache_lib.split_prefix(config, prefix)
+  if config.sparse is None:
+    prefix = cache_lib.as_prefix(cache)
+    cache = cache_lib.split(config, rows, width, prefix)
+    prefix = cache_lib.split_prefix(config, prefix)
+  else:  # which keys are read is chosen among all of a row
+    prefix = None
+    cache = cache_lib.whole(config, cache, group, prompts.tokens.shape[1] + width)
   given = rules.Given(prompts.tokens, prompts.length, config.vocab, width)
   blank = jnp.zeros((rows, width))
   state = _State(

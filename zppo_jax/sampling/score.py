@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 
 from zppo_jax.core import masks, types
@@ -38,6 +40,7 @@ def grouped_states(config: ModelConfig, params: Params, rollout: types.Rollout, 
   The last prompt token opens the window of each row, so that its state predicts the first loss
   token; what comes before is the prefix. Same numbers as `states` up to rounding.
   """
+  config = dataclasses.replace(config, sparse=None)
   first = group_start(rollout.loss_mask, group, window)
   start = jnp.repeat(first, group)
   size = rollout.tokens.shape[1] - window

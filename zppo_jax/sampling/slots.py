@@ -82,10 +82,8 @@ def insert(slots: Slots, key: Array, prefix, target: Array, source: Array, row) 
     return old.at[target].set(new, mode='drop')
 
   def rows(old, new):  # states of a recurrence, or the first columns of a cache of keys
-    new = new[source]
-    if old.shape[1:] == new.shape[1:]:
-      return put(old, new)
-    return old.at[target, :, :new.shape[2]].set(new, mode='drop')
+    first = tuple(slice(0, n) for n in new.shape[1:])
+    return old.at[(target, *first)].set(new[source], mode='drop')
 
   cache = cache_lib.Cache(jax.tree.map(rows, slots.cache.layers, layers),
                           put(slots.cache.length, length), split=True)
@@ -108,6 +106,8 @@ def append(config: ModelConfig, params: Params, slots: Slots, held: Array, token
 
   Slots with length 0 stay as they are. A recurrence cannot be cut: held[b] is 0 or all of it.
   """
+  if config.sparse is not None and tokens.shape[1] == 1:
+    tokens = jnp.pad(tokens, ((0, 0), (0, 1)))  # a single column would be read as a drawn token
   fed = length > 0
   start = jnp.where(fed, held, slots.cache.length)
   layers = tuple(_forget(layer, fed & (held == 0)) for layer in slots.cache.layers)

@@ -170,7 +170,7 @@ class StepContext:
     setup = self._setup
     if role == types.TEACHER and setup.teacher is None:
       raise UserError('teacher: the method samples a teacher, but the run has none')
-    config, params = setup.teacher if role == types.TEACHER else (setup.model, self._params)
+    config, params = setup.teacher if role == types.TEACHER else (setup.sampler, self._params)
     name = 'teacher' if role == types.TEACHER else 'policy'
     if self._questions(role) is not setup.questions:
       settings = dataclasses.replace(settings, eos_ids=(self._questions(role).stop_id,))
@@ -192,7 +192,7 @@ class StepContext:
       tasks.append(envs_api.Task(name, example.meta | dict(messages=messages)))
     with self._timer('rollout_policy'):
       found = episodes.run(
-        setup.episodes, tasks, config=setup.model, params=self._params, settings=settings,
+        setup.episodes, tasks, config=setup.sampler, params=self._params, settings=settings,
         tokenizer=setup.questions.tokenizer, template=setup.questions.template, slots=setup.slots,
         prompt_tokens=bucket, key=self.key('rollout', 'policy'), version=self._version)
     for name, ratio in episodes.metrics(found).items():

@@ -10,7 +10,7 @@ from typing import Any
 from zppo_jax.agents import react
 from zppo_jax.core import types
 from zppo_jax.data import templates
-from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.config import ModelConfig, Sparse
 from zppo_jax.sampling import decode
 from zppo_jax.train import episodes
 
@@ -88,3 +88,9 @@ class Setup:
   allow_fractional: bool = False
   mesh: Any = None
   episodes: episodes.Episodes | None = None  # how the policy answers in several turns
+  sparse: Sparse | None = None  # how many keys a token of the policy is drawn by; None = all
+
+  @property
+  def sampler(self) -> ModelConfig:
+    """The policy's model as its tokens are drawn; scores are by all keys."""
+    return dataclasses.replace(self.model, sparse=self.sparse)

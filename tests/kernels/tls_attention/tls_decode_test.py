@@ -261,6 +261,22 @@ def test_calibration_finds_the_heavy_channels():
     tls.calibrate(jnp.asarray(q[:, :3]), jnp.asarray(key), 4)
 
 
+def test_every_row_may_have_channels_of_its_own():
+  """Two rows with other channels give what each gives alone; padding does not count."""
+  q, key, value, length, _ = inputs(4)
+  rng = np.random.default_rng(0)
+  samples = jnp.asarray(rng.normal(size=(2, 32, 4, 16)), jnp.float32)
+  keys = jnp.asarray(rng.normal(size=(2, 32, 2, 16)), jnp.float32)
+  real = jnp.arange(32)[None] < jnp.asarray([32, 20])[:, None]
+  channels = tls.channels_of(jax.vmap(tls.weigh)(samples, keys, real), 8)
+  np.testing.assert_array_equal(channels[1], tls.calibrate(samples[1, :20], keys[1, :20], 8))
+  assert (channels[0] != channels[1]).any()
+  out, _ = run(q, key, value, length, channels)
+  for b in range(2):
+    own, _ = run(*(x[b:b + 1] for x in (q, key, value, length)), channels[b])
+    np.testing.assert_allclose(out[b:b + 1], own, atol=1e-6)
+
+
 def test_no_gradient_is_pretended():
   q, key, value, length, channels = inputs()
   with pytest.raises(NotImplementedError, match='no gradient'):

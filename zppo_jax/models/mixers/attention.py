@@ -12,16 +12,17 @@ from kernels.attention import attend, causal_masks
 from kernels.attention import attention as fused_attention
 from zppo_jax.mesh import axes
 from zppo_jax.models import layers
-from zppo_jax.models.cache import KV_AXES, KeyValue
+from zppo_jax.models.cache import KeyValue, Sparse
 from zppo_jax.models.config import ModelConfig
+from zppo_jax.models.mixers import cached
 from zppo_jax.models.mixers.place import Place
 
 Array = jax.Array
 
 
 def attention(sliding: bool, config: ModelConfig, params, x: Array, place: Place,
-              cache: KeyValue | None, layer, prefix: KeyValue | None = None
-              ) -> tuple[Array, KeyValue | None]:
+              cache: KeyValue | Sparse | None, layer, prefix: KeyValue | None = None
+              ) -> tuple[Array, KeyValue | Sparse | None]:
   """Causal grouped-query attention with rotary positions; QK-norm and gate where the config says
   so. x [B, T, D]; `sliding` sees the last config.window keys, its own included."""
   query, key, value = (layers.project(x, w) for w in (params.query, params.key, params.value))
@@ -36,14 +37,8 @@ def attention(sliding: bool, config: ModelConfig, params, x: Array, place: Place
                       cap=config.attn_cap)
   else:
     new = KeyValue(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))  # [B, KV, T, K]
-    mask_of = masks(place, x, None if cache is None else cache.key.shape[-2], window)
-    if cache is not None:
-      new, cache = write(cache, new, place.start, layer)
-    shared = None
-    if prefix is not None:
-      shared = prefix.key, prefix.value, prefix_masks(place, x, prefix.key.shape[-2], window)
-    out = attend(query, new.key, new.value, mask_of, query_chunk=config.query_chunk, prefix=shared,
-                 scale=config.attn_scale, cap=config.attn_cap)
+    out, cache = cached.read(config, query, new, place, cache, layer, prefix, window=window,
+                             scale=config.attn_scale, cap=config.attn_cap)
   if config.attn_gate:
     out = out * jax.nn.sigmoid(layers.project(x, params.gate))
   return layers.project_heads(out, params.out), cache
@@ -81,57 +76,3 @@ def _divisible(x: Array, heads: int) -> Array:
   parts, held = axes.shards('heads', heads), x.shape[2]
   wanted = math.lcm(held, parts)
   return x if heads % wanted else jnp.repeat(x, wanted // held, axis=2)
-
-
-def masks(place: Place, x: Array, held: int | None, window: int = 0):
-  """mask_of(columns) of `attend`: causal in the segment, or in the `held` cache columns."""
-  if held is None:
-    return causal_masks(place.segment_ids, window)
-
-  def mask_of(columns):
-    last = jnp.broadcast_to(place.start, x.shape[:1])[:, None] + columns[None]
-    seen = jnp.arange(held)[None, None] <= last[..., None]
-    if window:
-      keys = jnp.arange(seen.shape[-1])[None, None]
-      seen &= keys > last[..., None] - window
-    return seen
-
-  return mask_of
-
-
-def prefix_masks(place: Place, x: Array, size: int, window: int = 0):
-  """mask_of(columns) of `attend` for the prompts that rows share: what is filled, in the window."""
-  length = jnp.repeat(place.prefix_length, x.shape[0] // place.prefix_length.shape[0])
-
-  def mask_of(columns):
-    keys = jnp.arange(size)[None, None]
-    seen = keys < length[:, None, None]
-    if window:
-      own = jnp.broadcast_to(place.start, x.shape[:1])[:, None] + columns[None]
-      seen &= keys > (length[:, None] + own)[..., None] - window
-    return seen
-
-  return mask_of
-
-
-def write(cache, new, start: Array, layer):
-  """Writes new keys at start.. of each row: (this layer's full keys and values, the cache).
-
-  Without `layer` the cache is that of one layer; rows that all start at the same column are written
-  as one slice. Arrays [B, KV, T, K] into [(R,) B, KV, S, K].
-  """
-  if layer is None and not start.ndim:
-    held = jax.tree.map(
-      lambda old, x: axes.constrain(
-        lax.dynamic_update_slice(old, x, (0, 0, start, 0)), *KV_AXES[1:]), cache, new)
-    return held, held
-
-  def put(old, x):
-    rows = jnp.arange(x.shape[0])[:, None]
-    at = rows, slice(None), start[:, None] + jnp.arange(x.shape[2])[None]
-    at = at if layer is None else (layer, *at)
-    return axes.constrain(old.at[at].set(jnp.swapaxes(x, 1, 2), mode='drop'),
-                          *KV_AXES[-old.ndim:])
-
-  held = jax.tree.map(put, cache, new)
-  return (held if layer is None else jax.tree.map(lambda x: x[layer], held)), held

@@ -10,19 +10,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import attend
 from zppo_jax.models import layers
-from zppo_jax.models.cache import Latent
+from zppo_jax.models.cache import Latent, Sparse
 from zppo_jax.models.config import ModelConfig
-from zppo_jax.models.mixers.attention import attend_rows, masks, prefix_masks, write
+from zppo_jax.models.mixers import cached
+from zppo_jax.models.mixers.attention import attend_rows
 from zppo_jax.models.mixers.place import Place
 
 Array = jax.Array
 EPS = 1e-6  # of the latents' norms, whatever the model's
 
 
-def latent_attention(config: ModelConfig, params, x: Array, place: Place, cache: Latent | None,
-                     layer, prefix: Latent | None = None) -> tuple[Array, Latent | None]:
+def latent_attention(config: ModelConfig, params, x: Array, place: Place,
+                     cache: Latent | Sparse | None, layer, prefix: Latent | None = None
+                     ) -> tuple[Array, Latent | Sparse | None]:
   """x [B, T, D]. Without cache and prefix, keys and values are made whole: fewer products."""
   m = config.mla
   query = _query(config, params, x)
@@ -39,17 +40,10 @@ def latent_attention(config: ModelConfig, params, x: Array, place: Place, cache:
     out = attend_rows(config, jnp.concatenate([plain, turned], -1), key, value, place, scale=scale)
     return layers.project_heads(out, params.out), None
   absorbed = jnp.einsum('bthn,rhn->bthr', plain, params.key.astype(x.dtype))
-  mask_of = masks(place, x, None if cache is None else cache.key.shape[-2])
   new = Latent(jnp.concatenate([latent[:, None], jnp.swapaxes(shared_key, 1, 2)], axis=-1))
-  if cache is not None:
-    new, cache = write(cache, new, place.start, layer)
-  shared = None
-  if prefix is not None:
-    shared = (prefix.key, prefix.key[..., :m.rank],
-              prefix_masks(place, x, prefix.key.shape[-2]))
-  read = attend(jnp.concatenate([absorbed, turned], -1), new.key, new.key[..., :m.rank], mask_of,
-                query_chunk=config.query_chunk, prefix=shared, scale=scale)
-  out = jnp.einsum('bthr,rhv->bthv', read, params.value.astype(x.dtype))
+  found, cache = cached.read(config, jnp.concatenate([absorbed, turned], -1), new, place, cache,
+                             layer, prefix, scale=scale)
+  out = jnp.einsum('bthr,rhv->bthv', found, params.value.astype(x.dtype))
   return layers.project_heads(out, params.out), cache
 
 
