@@ -26,7 +26,8 @@ for _name, _value in _FLAGS.items():
 
 _LONG = {'resume_test.py', 'aot_test.py', 'quickstart_test.py', 'published_test.py'}
 # Small programs, whose compiling is the cost of their tests.
-_QUICK_FOLDERS = {'kernels', 'methods', 'models', 'sampling', 'train'}
+_QUICK_FOLDERS = {'agents', 'evals', 'experiments', 'kernels', 'methods', 'models', 'sampling',
+                  'train'}
 
 
 def pytest_configure(config):

@@ -1,4 +1,4 @@
-"""Two-level sparse attention of decoding: block bounds, 4-bit labels, exact attention."""
+"""Sparse attention: two levels for decoding (bounds, 4-bit labels), block tables for training."""
 
 from kernels.tls_attention.api import choose as choose
 from kernels.tls_attention.api import decode as decode

@@ -17,6 +17,7 @@ from kernels.tls_attention.block_lists import Facts, Plan
 
 Array = jax.Array
 KEYS = 256  # of a turn, at least one block
+LEVELS = 8  # turns of a whole list at least, where it has so many entries: steps of the cost
 QUERIES = 128  # of a head in a step, at least one tile
 GATHERED = 1 << 22  # floats of keys that a turn may hold
 NONE = -1e30  # score of a key that is not seen
@@ -52,7 +53,7 @@ def _einsum(rule: str, a: Array, b: Array) -> Array:
 
 def _sizes(plan: Plan, width: int) -> tuple[int, int]:
   """(tiles of a step, entries of a turn)."""
-  turn = min(max(KEYS // plan.block, 1), plan.entries)
+  turn = min(max(KEYS // plan.block, 1), -(-plan.entries // LEVELS))
   one = plan.batch * plan.key_heads * plan.lists * turn * plan.block * width
   return max(min(QUERIES // plan.tile, GATHERED // one, plan.tiles), 1), turn
 

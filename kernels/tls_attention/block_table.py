@@ -59,11 +59,9 @@ def block_means(key: Array, segment_ids: Array | None = None, *, block: int) -> 
 
   Over the tokens of the last segment in the block: whoever sees the block from behind is of it.
   """
-  ids = jnp.ones(key.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-  cut = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2)).reshape(
-    x.shape[0], -1, block, *x.shape[2:])
-  ids = cut(ids)
-  return _mean(cut(key), (ids == _last_id(ids)[..., None]) & (ids != 0))
+  ids = _ids(segment_ids, key, block)
+  counts = (ids == _edge_ids(segment_ids, ids, -1)[..., None]) & (ids != 0)
+  return _mean(_cut(key, block), counts)
 
 
 def route(query: Array, means: Array, *, block: int, top: int, query_tile: int = 128,
@@ -82,12 +80,11 @@ def route(query: Array, means: Array, *, block: int, top: int, query_tile: int =
   query, means = lax.stop_gradient((query, means))
   batch, time, heads, _ = query.shape
   blocks, key_heads = means.shape[1:3]
-  ids = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
-  whole = jnp.pad(ids, ((0, 0), (0, -time % block))).reshape(batch, -1, block)
-  query = jnp.pad(query, ((0, 0), (0, -time % query_tile), (0, 0), (0, 0)))
-  ids = jnp.pad(ids, ((0, 0), (0, -time % query_tile))).reshape(batch, -1, query_tile)
-  tiles = query.reshape(batch, -1, query_tile, key_heads, heads // key_heads, query.shape[-1])
-  mine = _first_id(ids)
+  tiles = _cut(query, query_tile)
+  tiles = tiles.reshape(*tiles.shape[:3], key_heads, heads // key_heads, -1)
+  ids = _ids(segment_ids, query, query_tile)
+  mine = _edge_ids(segment_ids, ids, 1)
+  theirs = _edge_ids(segment_ids, _ids(segment_ids, query, block), -1)
   counts = (ids == mine[..., None]) & (mine != 0)[..., None]
   if reduce == 'mean':
     scores = _products(_mean(tiles, counts), means)
@@ -97,7 +94,7 @@ def route(query: Array, means: Array, *, block: int, top: int, query_tile: int =
     scores = jnp.mean(scores, axis=2, keepdims=True)
   scores = scores.reshape(batch, -1, *scores.shape[3:])
   number, first = jnp.arange(blocks), jnp.arange(tiles.shape[1]) * query_tile // block
-  seen = (number < first[:, None]) & (mine[..., None] == _last_id(whole)[:, None])
+  seen = (number < first[:, None]) & (mine[..., None] == theirs[:, None])
   seen &= (mine != 0)[..., None]
   scores = jnp.where(seen[:, None], scores, -jnp.inf)
   return _ranked(scores, first, own_blocks(query_tile, block), top), scores
@@ -127,14 +124,24 @@ def _largest(tiles: Array, counts: Array, means: Array) -> Array:
   return jnp.moveaxis(found, 0, 3)
 
 
-def _first_id(ids: Array) -> Array:
-  """First id of [B, N, W] that is not 0, or 0."""
+def _cut(x: Array, size: int) -> Array:
+  """[B, N, size, ...] of [B, T, ...], zeros behind."""
+  x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
+  return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _ids(segment_ids: Array | None, like: Array, size: int) -> Array:
+  """Segment ids of the tokens of [B, T, ...], cut; 0 = padding."""
+  return _cut(jnp.ones(like.shape[:2], jnp.int32) if segment_ids is None else segment_ids, size)
+
+
+def _edge_ids(segment_ids: Array | None, ids: Array, way: int) -> Array:
+  """First (way 1) or last (way -1) of ids[B, N, W] that is not 0, or 0."""
+  if segment_ids is None:  # every piece has a token; the compiler would search constants for it
+    return jnp.ones(ids.shape[:2], jnp.int32)
+  ids = ids[..., ::way]
   at = jnp.argmax(ids != 0, axis=-1, keepdims=True)
   return jnp.take_along_axis(ids, at, axis=-1)[..., 0]
-
-
-def _last_id(ids: Array) -> Array:
-  return _first_id(ids[..., ::-1])
 
 
 def _ranked(scores: Array, first: Array, own: int, top: int) -> Array:

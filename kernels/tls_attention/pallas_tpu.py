@@ -39,7 +39,7 @@ def token_scores(q: Array, labels: Labels, channels: Array, candidates: Array, l
   unit = min(config.block, LANES)
   index = jnp.minimum(candidates, room // config.block - 1)
   index = index[..., None] * (config.block // unit) + jnp.arange(config.block // unit)
-  size = min(TOKENS, _up(config.candidates, LANES))
+  size = min(TOKENS, max(LANES, pl.next_power_of_2(config.candidates)))
   index = _padded(index.reshape(rows, heads, -1), size // unit)
   steps = index.shape[2] * unit // size
   query = levels.label_query(q, channels) * scale
@@ -69,10 +69,9 @@ def attend(q: Array, key: Array, value: Array | int | None, pages: Array, scores
            config: Config, scale: float, interpret=None) -> Array:
   """As `chunked.attend`, [B, HQ, V].
 
-  Copies of single rows need keys and values side by side, and are for few tokens: up to an eighth
-  of the candidates. Beyond that whole pages take less time: a copy of a page of 64 rows is issued
-  as fast as one of a row of half a kilobyte, and moves as many bytes as eight such rows in the time
-  that they take.
+  Rows are copied one by one only from packed caches, and only if there are fewer than an eighth of
+  the candidates: each copy costs its own issue, and keys apart from values would need two. Else
+  whole pages are copied, which hold more rows than needed but move at full bandwidth.
   """
   dispatch.require('tpu', interpret, key.dtype)
   if value is None and 8 * config.top_tokens < config.candidates:
@@ -240,7 +239,3 @@ def _repeated(pages: Array, none: int, per: int) -> Array:
 
 def _padded(x: Array, multiple: int, fill=0) -> Array:
   return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple)), constant_values=fill)
-
-
-def _up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.common import dispatch
+from kernels.tls_attention import tpu_select
 
 Array = jax.Array
 
@@ -23,6 +24,11 @@ def _ordered(scores: Array) -> Array:
 
 def in_top(scores: Array, k: int) -> Array:
   """bool[..., n], true at the k largest of f[..., n]; -inf is never among them."""
+  return dispatch.run('in_top', _IN_TOP, None, tuple(_IN_TOP), scores, k)
+
+
+def by_bits(scores: Array, k: int) -> Array:
+  """`in_top` as XLA operations."""
   values = _ordered(scores)
 
   def step(i, carry):
@@ -41,16 +47,19 @@ def in_top(scores: Array, k: int) -> Array:
   return taken | (alive & (jnp.cumsum(alive, axis=-1) <= left))
 
 
+_IN_TOP = {'pallas_tpu': tpu_select.in_top, 'by_bits': by_bits}
+
+
 def compact(mask: Array, k: int) -> Array:
   """Indices i32[..., k] of the true entries of bool[..., n], in rising order; n = none."""
+  if dispatch.platform() == 'tpu':
+    return tpu_select.compact(mask, k)
   n = mask.shape[-1]
   place = jnp.cumsum(mask, axis=-1)
 
-  # A TPU compares all with all in less time than it gathers the probes of a binary search.
-  method = 'compare_all' if dispatch.platform() == 'tpu' else 'scan'
 
   def find(row):  # the first entry with j true ones up to it
-    return jnp.searchsorted(row, jnp.arange(1, k + 1), method=method)
+    return jnp.searchsorted(row, jnp.arange(1, k + 1))
 
   flat = place.reshape(-1, n)
   return jax.vmap(find)(flat).reshape(*mask.shape[:-1], k).astype(jnp.int32)

@@ -167,6 +167,7 @@ def test_a_wrong_peer_refuses(number, what, spoil, peers, capsys):
   assert sorted(peers.closed) == list(range(len(peers.started)))
 
 
+@pytest.mark.slow
 def test_our_first_call_compiles_in_a_process_of_its_own(monkeypatch, tmp_path):
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))
   monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')

@@ -14,7 +14,8 @@ from zppo_jax.train import run as run_lib
 ADAPTERS = lora.Settings(rank=2, alpha=8.0)
 
 
-@pytest.mark.parametrize('name', ['zppo_ncq', 'distill_on'])
+@pytest.mark.parametrize('name', [
+  'distill_on', pytest.param('zppo_ncq', marks=pytest.mark.slow)])
 def test_only_the_adapters_learn(name):
   settings = dataclasses.replace(tiny.SETTINGS, adapters=ADAPTERS, micro_batches=1)
   run = tiny.make_run(name, settings=settings)

@@ -42,8 +42,9 @@ def test_a_budget_of_all_keys_is_dense(name):
   assert_same(draw(sparse(name, ALL), name), draw(MODELS[name], name))
 
 
-@pytest.mark.parametrize('name, how', [('full', FEW), ('full', STALE), ('hybrid', STALE),
-                                       ('latent', FEW)], ids=str)
+@pytest.mark.parametrize('name, how', [
+  pytest.param('full', FEW, id='full'), pytest.param('full', STALE, id='full, stale'),
+  pytest.param('hybrid', STALE, id='hybrid, stale'), pytest.param('latent', FEW, id='latent')])
 def test_slots_give_the_rows_of_the_fixed_batch(name, how):
   config = sparse(name, how)
   wanted = draw(config, name)
@@ -122,7 +123,8 @@ def test_eight_devices_draw_the_same(shape):
   (dict(sparse=dataclasses.replace(ALL, kernel=tls.Config(block=12))),
    'sparse.block: must be a multiple of 8, got 12'),
   (dict(sparse=ALL, attn_cap=30.0), 'sparse: scores have no soft cap'),
-  (dict(sparse=ALL, mixers=('sliding',), window=4), 'sparse: needs full or mla layers')], ids=str)
+  (dict(sparse=ALL, mixers=('sliding',), window=4), 'sparse: needs full or mla layers')],
+  ids=['labels', 'block', 'cap', 'layers'])
 def test_settings_that_do_not_fit_are_named(changes, part):
   found = config_lib.problems(dataclasses.replace(CONFIG, **changes))
   assert len(found) == 1 and part in found[0], found

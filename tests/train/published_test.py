@@ -41,12 +41,10 @@ def published(tmp_path_factory):
 
 
 def config(folder, **changes):
-  found = importlib.import_module('ml_collections_configs.zppo').get_config('tiny')
-  flat = {'init.checkpoint': str(folder), 'teacher.checkpoint': str(folder), 'num_steps': 2,
-          'method.num_new': 8, 'method.compress': 'tail', 'method.compress_tokens': 4,
-          'method.group_size': 8, 'method.teacher_group_size': 2, 'method.teacher_chunk': 8,
-          'method.iterations': 1, 'method.buffer_capacity': 8, 'rollout.prompt_tokens': 64,
-          'rollout.reformulated_tokens': 200, 'rollout.max_new_tokens': 4, 'data.eval_size': 8,
+  found = importlib.import_module('ml_collections_configs.grpo').get_config('tiny')
+  flat = {'init.checkpoint': str(folder), 'num_steps': 2, 'method.num_new': 8,
+          'method.group_size': 8, 'method.iterations': 1, 'rollout.prompt_tokens': 64,
+          'rollout.reformulated_tokens': 64, 'rollout.max_new_tokens': 4, 'data.eval_size': 8,
           'eval.num_questions': 8, 'eval.chunk': 8, 'log.progress': False, 'mesh.fsdp': 1,
           'mesh.data': -1, 'optim.learning_rate': 1e-3, 'model.query_chunk': 512}
   found.update_from_flattened_dict(flat | {k.replace('__', '.'): v for k, v in changes.items()})

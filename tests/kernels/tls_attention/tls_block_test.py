@@ -1,11 +1,6 @@
-"""Attention over a table of blocks: values, gradients, its router, and the compiled TPU kernels."""
+"""Attention over a table of blocks: values and gradients of every implementation."""
 
 import functools
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +9,12 @@ import pytest
 
 from kernels import attention
 from kernels import tls_attention as tls
-from kernels.tls_attention import block_chunked, block_pallas_tpu, block_reference
+from kernels.tls_attention import (
+  block_chunked,
+  block_lists,
+  block_pallas_tpu,
+  block_reference,
+)
 
 RULES = {'chunked': block_chunked.block_attention,
          'pallas_tpu': functools.partial(block_pallas_tpu.block_attention, interpret=True)}
@@ -27,7 +27,6 @@ CASES = {  # batch, time, HQ, HK, K, V, table heads, block, tile, entries, packe
   'exact sets': (2, 37, 4, 2, 16, 16, 4, 8, 1, 4, True),
 }
 TILED = [c for c in CASES if CASES[c][8] % 8 == 0]
-TIME = 8192  # of the programs compiled for TPU
 
 
 def make(case, dtype=np.float32):
@@ -127,6 +126,48 @@ def test_no_product_of_float32_is_rounded(name):
     assert text.count(' dot_general[') == exact > 0
 
 
+def test_walks_visit_what_counts_and_fetch_nothing_else():
+  (query, key, _), _, static = make('grouped, odd time')
+  plan = block_lists.make_plan(query, key, static['table'], block=8, tile=16, scale=1.0)
+  entries = block_lists.lay_entries(plan, static['table'], static['budget'])
+  steps = np.asarray(block_pallas_tpu.by_tile(plan, entries)).reshape(-1, plan.entries)
+  live, block = steps >= 0, np.where(steps < 0, -1 - steps, steps)
+  assert 0 < live.sum() < live.size and live[:, :plan.own].all()
+  assert (live | (block == np.roll(block, 1, axis=1))).all()  # no new block, hence no copy
+  pairs = {(row // plan.tiles, b, row % plan.tiles)
+           for row, (bs, ls) in enumerate(zip(block, live)) for b in bs[ls]}
+  assert len(pairs) == live.sum()
+  steps = np.asarray(block_pallas_tpu.by_block(plan, entries))
+  live, step = steps >= 0, np.where(steps < 0, -1 - steps, steps)
+  bits = block_pallas_tpu.item_bits(plan)
+  assert pairs == {(row, s >> bits, s & ((1 << bits) - 1)) for row, s in zip(*(
+    np.nonzero(live)[0], step[live]))}
+  assert (np.diff(step) >= 0).all()  # a block is left once, after all its steps
+  assert all(set(row >> bits) == set(range(plan.blocks)) for row in step)
+
+
+def test_chunked_turns_fall_with_the_budget_and_memory_is_linear():
+  def case(time):
+    arrays = [jnp.zeros((1, time, h, 16)) for h in (2, 1, 1)]
+    return arrays, jnp.broadcast_to(jnp.arange(16), (1, 1, time // 16, 16))
+
+  def turns(budget):
+    arrays, table = case(2048)
+    plan = block_lists.make_plan(*arrays[:2], table, block=16, tile=16, scale=1.0)
+    return np.sum(block_chunked._work(
+      plan, 16, block_lists.lay_entries(plan, table, jnp.asarray([budget])),
+      block_lists.lay_facts(plan, jnp.ones((1, 2048), jnp.int32)))[3])
+
+  def memory(time):
+    arrays, table = case(time)
+    run = gradients(tls.block_attention, block=16, query_tile=16, implementation='chunked')
+    return run.lower(arrays, arrays[0], table=table).compile().memory_analysis().temp_size_in_bytes
+
+  # A step is 8 tiles, a turn 3 entries of 1 + budget; the first two steps see 8 and 16 blocks.
+  assert [turns(n) for n in (1, 8, 16)] == [16, 16 * 3, 3 + 6 + 14 * 6]
+  assert memory(8192) < 4.4 * memory(2048)
+
+
 def arrays_of(seed, batch, time, heads, kv, width, dtype=np.float32):
   rng = np.random.default_rng(seed)
   return [jnp.asarray(rng.normal(size=(batch, time, h, width)), dtype)
@@ -203,57 +244,6 @@ def test_padding_is_never_read_and_gets_no_gradient():
     assert (x[np.broadcast_to(pad, x.shape)] == 0).all()
 
 
-def naive_route(query, key, ids, block, top, tile):
-  """MoBA's router for one row and head as it is written: [(table, {block: score})] per tile."""
-  found, time = [], len(query)
-  for start in range(0, time, tile):
-    first, own = start // block, max(tile // block, 1)
-    rows = [t for t in range(start, min(start + tile, time)) if ids[t]]
-    rows = [t for t in rows if ids[t] == ids[rows[0]]]
-    scores = {}
-    for j in range(first):
-      last = [s for s in range(j * block, (j + 1) * block) if ids[s]]
-      last = [s for s in last if ids[s] == ids[last[-1]]]
-      if rows and last and ids[last[0]] == ids[rows[0]]:
-        scores[j] = np.mean([query[t] @ key[last].mean(0) for t in rows])
-    order = sorted(scores, key=lambda j: (-scores[j], j))[:top - own]
-    none = -(-time // block)
-    listed = [*(min(first + i, none) for i in range(own)), *order]
-    found.append((listed + [none] * (top - len(listed)), scores))
-  return found
-
-
-@pytest.mark.parametrize('tile', [1, 8, 32])
-def test_route_is_the_written_router(tile):
-  """Ties included: the first two blocks hold the same keys."""
-  query, key, _, _ = arrays_of(3, 2, 90, 4, 2, 8)
-  key = key.at[:, 8:16].set(key[:, :8])
-  ids = np.ones((2, 90), np.int32)
-  ids[1] = [0] * 3 + [1] * 40 + [2] * 30 + [0] + [2] * 11 + [0] * 5
-  table, scores = map(np.asarray, tls.route(
-    query, tls.block_means(key, jnp.asarray(ids), block=8), block=8, top=6, query_tile=tile,
-    segment_ids=jnp.asarray(ids)))
-  for b in range(2):
-    for h in range(4):
-      wanted = naive_route(np.asarray(query[b, :, h], np.float64),
-                           np.asarray(key[b, :, h // 2], np.float64), ids[b], 8, 6, tile)
-      assert table[b, h].tolist() == [t for t, _ in wanted]
-      for row, (_, known) in zip(scores[b, h], wanted):
-        np.testing.assert_allclose(row[list(known)], list(known.values()), atol=1e-5)
-        assert np.isneginf(np.delete(row, list(known))).all()
-
-
-def test_route_by_the_maximum_and_by_key_head():
-  query, key, _, _ = arrays_of(4, 1, 64, 4, 2, 8)
-  means = tls.block_means(key, block=16)
-  _, each = tls.route(query, means, block=16, top=4, query_tile=1)
-  each = np.asarray(each).reshape(1, 4, 8, 8, 4)
-  _, most = tls.route(query, means, block=16, top=4, query_tile=8, reduce='max')
-  np.testing.assert_allclose(most, each.max(3), atol=1e-5)
-  _, shared = tls.route(query, means, block=16, top=4, query_tile=8, per_key_head=True)
-  np.testing.assert_allclose(shared, each.mean(3).reshape(1, 2, 2, 8, 4).mean(2), atol=1e-5)
-
-
 def test_every_argument_that_does_not_fit_is_named():
   query, key, value, _ = arrays_of(0, 2, 20, 4, 2, 8)
   table = jnp.zeros((2, 2, 3, 2), jnp.int32)
@@ -284,75 +274,3 @@ def test_every_argument_that_does_not_fit_is_named():
     with pytest.raises(ValueError) as error:
       tls.block_attention(**given)
     assert part in str(error.value), (part, str(error.value))
-  means = tls.block_means(key, block=8)
-  for changes, part in (
-      (dict(top=0), 'top must be at least 1'),
-      (dict(query_tile=16, top=1), 'top must be at least 2'),
-      (dict(means=means[:, :2]), 'means (2, 2, 2, 8), expected (2, 3, HK, 8)'),
-      (dict(reduce='sum'), "reduce must be 'mean' or 'max', got 'sum'"),
-      (dict(query=query[0]), 'must be [batch, time, heads, size]')):
-    with pytest.raises(ValueError) as error:
-      tls.route(**(dict(query=query, means=means, top=2) | good | changes))
-    assert part in str(error.value), (part, str(error.value))
-
-
-def compile_for(topology, sizes):
-  """Bytes of temporaries and of arrays of forward and backward, compiled for a TPU."""
-  from jax.experimental import topologies
-  time, heads, kv, width, value, own, block, entries, dtype = sizes
-  device = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[0]
-  mesh = jax.sharding.Mesh([device], ('x',))
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  struct = lambda shape, kind=dtype: jax.ShapeDtypeStruct(shape, kind, sharding=place)
-
-  def run(arrays, d_out, table, budget, ids):
-    def rule(*arrays):
-      return tls.block_attention(*arrays, table, block=block, budget=budget, segment_ids=ids,
-                                 implementation='pallas_tpu')
-    out, back = jax.vjp(rule, *arrays)
-    return out, back(d_out)
-
-  arrays = [struct((1, time, h, n)) for h, n in ((heads, width), (kv, width), (kv, value))]
-  facts = (struct((1, own, time // 128, entries), jnp.int32), struct((1,), jnp.int32),
-           struct((1, time), jnp.int32))
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    lowered = jax.jit(run).lower(arrays, struct((1, time, heads, value)), *facts)
-  assert lowered.as_text().count('@tpu_custom_call') == 3
-  stats = lowered.compile().memory_analysis()
-  return stats.temp_size_in_bytes, stats.argument_size_in_bytes + stats.output_size_in_bytes
-
-
-def compiled(cases):
-  pytest.importorskip('libtpu')
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {
-    'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    'PYTHONPATH': str(pathlib.Path(__file__).resolve().parents[3])}
-  done = subprocess.run([sys.executable, __file__, json.dumps(cases)], env=env, check=False,
-                        capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout)
-
-
-@pytest.mark.aot
-def test_kernels_compile_for_tpu():
-  """No array of the size of the scores, or of T * M * block keys: only copies of the arguments."""
-  sizes = TIME, 2, 1, 128, 128, 1, 256, 7, 'bfloat16'
-  for temporary, arrays in compiled([['v5e:2x2', sizes], ['v6e:2x2', sizes]]):
-    assert temporary <= arrays < 32 << 20
-
-
-@pytest.mark.aot
-@pytest.mark.slow
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
-def test_kernels_compile_at_full_size(topology):
-  found = compiled([[topology, sizes] for sizes in (
-    (32768, 32, 8, 128, 128, 8, 256, 32, 'bfloat16'),
-    (32768, 32, 8, 128, 128, 32, 256, 32, 'bfloat16'),  # a table per query head: several calls
-    (TIME, 8, 2, 128, 128, 2, 256, 32, 'float32'), (TIME, 8, 2, 64, 64, 2, 64, 16, 'bfloat16'),
-    (TIME, 16, 1, 576, 512, 1, 256, 32, 'bfloat16'))])
-  for temporary, arrays in found:
-    assert temporary <= 2 * arrays
-
-
-if __name__ == '__main__':
-  print(json.dumps([compile_for(*case) for case in json.loads(sys.argv[1])]))

@@ -22,7 +22,7 @@ def read(config: ModelConfig, query: Array, new: KeyValue | Latent, place: Place
   if isinstance(cache, Sparse):
     held, rows = _write(cache.rows, new, place.start, layer)
     if layer is None and query.shape[1] == 1:
-      return sparse.decode(config, query, held, place, cache, scale)
+      return sparse.decode(config, query, new, held, place, cache, scale)
     cache = sparse.renew(config, query, new, held, place, cache, rows, layer)
   elif cache is not None:
     held, cache = _write(cache, new, place.start, layer)

@@ -22,26 +22,25 @@ from zppo_jax.models.mixers.place import Place
 Array = jax.Array
 
 
-def decode(config: ModelConfig, query: Array, rows: KeyValue | Latent, place: Place,
-           cache: Sparse, scale: float | None) -> tuple[Array, Sparse]:
+def decode(config: ModelConfig, query: Array, new: KeyValue | Latent, rows: KeyValue | Latent,
+           place: Place, cache: Sparse, scale: float | None) -> tuple[Array, Sparse]:
   """What query [B, 1, H, K] of the token at place.start reads, and the cache after it.
 
-  `rows` hold its key already. A row that waits (segment 0) keeps its state.
+  `rows` hold its key [B, KV, 1, K] already. A row that waits (segment 0) keeps its state.
   """
   own, kernel = config.sparse, config.sparse.kernel
   latent = isinstance(rows, Latent)
   names = lambda x: ('batch', 'kv_heads', *(None,) * (x.ndim - 2))
   state, tree = jax.tree.flatten(cache.state)
   # Heads of queries go with those of their keys.
-  arrays = [query[:, 0], cache.weight, cache.channels, rows.key,
+  arrays = [query[:, 0], new.key[:, :, 0], cache.weight, cache.channels, rows.key,
             *([] if latent else [rows.value]), *state]
   ins = [('batch',), ('batch',), *map(names, arrays)]
 
-  def step(start, live, q, weight, channels, key, *rest):
+  def step(start, live, q, added, weight, channels, key, *rest):
     value, held = (config.mla.rank, rest) if latent else (rest[0], rest[1:])
     before = jax.tree.unflatten(tree, held)
     at = jnp.where(live, start, key.shape[2])  # beyond the room: nothing is added
-    added = jnp.take_along_axis(key, start[:, None, None, None], axis=2)[:, :, 0]
     after = tls.append(before, added, at, channels, kernel)
     out, after = tls.decode(q, key, value, after, channels=channels, length=start + 1,
                             config=kernel, scale=scale, implementation=own.implementation)
