@@ -57,7 +57,6 @@ def compact(mask: Array, k: int) -> Array:
   n = mask.shape[-1]
   place = jnp.cumsum(mask, axis=-1)
 
-
   def find(row):  # the first entry with j true ones up to it
     return jnp.searchsorted(row, jnp.arange(1, k + 1))
 
