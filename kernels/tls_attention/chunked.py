@@ -54,16 +54,16 @@ def attend_rows(q: Array, key: Array, value: Array | int | None, at: Array, vali
   with packed keys [B, HK, N, 2, D]. A query without rows gives 0.
   """
   rows = lambda x: jnp.take_along_axis(
-    x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), axis=2, mode='clip')
+    x, at.reshape(*at.shape, *(1,) * (x.ndim - 3)), axis=2, mode='promise_in_bounds')
   keys = rows(key)
   if value is None:
     keys, values = keys[..., 0, :], keys[..., 1, :]
   else:
     values = keys[..., :value] if isinstance(value, int) else rows(value)
   query = levels.grouped(q, key.shape[1])
-  logits = scale * jnp.einsum('bhgd,bhnd->bhgn', query.astype(keys.dtype), keys,
+  logits = scale * jnp.einsum('bhnd,bhgd->bhng', keys, query.astype(keys.dtype),
                               preferred_element_type=jnp.float32)
-  logits = jnp.where(valid[:, :, None], logits, -jnp.inf)
+  logits = jnp.where(valid[:, :, None], jnp.swapaxes(logits, 2, 3), -jnp.inf)
   top = jnp.max(logits, axis=-1, keepdims=True)
   weight = jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0))
   total = jnp.sum(weight, axis=-1)

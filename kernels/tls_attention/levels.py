@@ -32,8 +32,8 @@ def block_scores(q: Array, summary: Summary, length: Array, config: Config) -> A
   both = jnp.concatenate([jnp.maximum(query, 0), jnp.minimum(query, 0)], axis=-1)
   used = jnp.arange(blocks)[None] * config.block < length[:, None]
   scores = jnp.max(jnp.einsum(
-    'bhgd,bhnd->bhgn', both, summary.bounds.astype(jnp.float32),
-    precision=lax.Precision.HIGHEST), axis=2)
+    'bhnd,bhgd->bhng', summary.bounds.astype(jnp.float32), both,
+    precision=lax.Precision.HIGHEST), axis=3)
   return jnp.where(used[:, None], scores, -jnp.inf)
 
 

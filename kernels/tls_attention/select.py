@@ -1,7 +1,7 @@
 """Sets of the k largest scores, ties by the lowest index: in rising order, padded behind.
 
-Found bit by bit, as a radix selection: a few passes over the scores, where a sort or `lax.top_k` of
-1024 in 8192 costs more than exact attention over the result.
+Found by the number of scores above a bound: a few passes over the scores, where a sort or
+`lax.top_k` of 1024 in 8192 costs more than exact attention over the result.
 """
 
 from __future__ import annotations
@@ -27,27 +27,50 @@ def in_top(scores: Array, k: int) -> Array:
   return dispatch.run('in_top', _IN_TOP, None, tuple(_IN_TOP), scores, k)
 
 
-def by_bits(scores: Array, k: int) -> Array:
-  """`in_top` as XLA operations."""
-  values = _ordered(scores)
+def by_halves(scores: Array, k: int) -> Array:
+  """`in_top` as XLA operations: the k-th value is looked for by bisection, of a row with ties at
+  most 32 times.
+  """
+  values, live = _ordered(scores), scores > -jnp.inf
+  count = lambda mask: jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.int32)
+  few = count(live) <= k
+  least = jnp.min(jnp.where(live, values, jnp.uint32(2**32 - 1)), axis=-1, keepdims=True)
+  low = jnp.where(few, _ordered(jnp.float32(-jnp.inf)) + 1, least)
 
-  def step(i, carry):
-    # Only in here are the values compared, so they are computed once: a program may compute the
-    # scores for another use again with another rounding, and a k-th value would equal none of them.
-    alive, taken, left = carry
-    ones = alive & ((values >> (31 - i).astype(jnp.uint32)) & 1 > 0)
-    count = jnp.sum(ones, axis=-1, keepdims=True)
-    many = count >= left
-    return (jnp.where(many, ones, alive & ~ones), taken | (ones & ~many),
-            jnp.where(many, left, left - count))
+  # Only in the loop are the values compared, so they are computed once: a program may compute the
+  # scores for another use again with another rounding, and a k-th value would equal none of them.
+  def step(carry):
+    low, high, found, *_ = carry  # at least k values are not below `low`, fewer not below `high`
 
-  live = scores > -jnp.inf
-  start = live, jnp.zeros_like(live), jnp.full((*scores.shape[:-1], 1), k)
-  alive, taken, left = lax.fori_loop(0, 32, step, start)
-  return taken | (alive & (jnp.cumsum(alive, axis=-1) <= left))
+    def halve():
+      middle = low + (high - low) // 2
+      above = count(values >= middle)
+      bottom = jnp.where(~found & (above >= k), middle, low)
+      top_ = jnp.where(above >= k, high, middle)
+      return bottom, top_, found | (above == k) | (top_ - bottom <= 1), *carry[3:]
+
+    def finish():
+      over, tie = values > low, values == low
+      return low, high, found, over | (tie & (_running(tie) <= k - count(over))), True
+
+    return lax.cond(jnp.all(found), finish, halve)
+
+  start = (low, jnp.max(values, axis=-1, keepdims=True) + 1, few,
+           jnp.zeros_like(live), False)
+  return lax.while_loop(lambda carry: ~carry[-1], step, start)[3]
 
 
-_IN_TOP = {'pallas_tpu': tpu_select.in_top, 'by_bits': by_bits}
+_IN_TOP = {'pallas_tpu': tpu_select.in_top, 'by_halves': by_halves}
+
+
+def _running(mask: Array) -> Array:
+  """True entries of bool[..., n] up to each, i32: products with a triangle, exact below 2**24."""
+  n, width = mask.shape[-1], 64
+  wide = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -n % width)])
+  wide = wide.reshape(*mask.shape[:-1], -1, width).astype(jnp.float32)
+  inner = wide @ jnp.triu(jnp.ones((width, width), jnp.float32))
+  before = jnp.cumsum(inner[..., -1:], axis=-2) - inner[..., -1:]
+  return (inner + before).reshape(*mask.shape[:-1], -1)[..., :n].astype(jnp.int32)
 
 
 def compact(mask: Array, k: int) -> Array:
@@ -55,12 +78,11 @@ def compact(mask: Array, k: int) -> Array:
   if dispatch.platform() == 'tpu':
     return tpu_select.compact(mask, k)
   n = mask.shape[-1]
-  place = jnp.cumsum(mask, axis=-1)
 
   def find(row):  # the first entry with j true ones up to it
     return jnp.searchsorted(row, jnp.arange(1, k + 1))
 
-  flat = place.reshape(-1, n)
+  flat = _running(mask).reshape(-1, n)
   return jax.vmap(find)(flat).reshape(*mask.shape[:-1], k).astype(jnp.int32)
 
 
