@@ -1,7 +1,8 @@
 """Times the delta rule: python -m experiments.bench_kernels [--time=4096 --heads=8 --out=DIR]
 
-(or, with --kernel=tls_attention, sparse decoding: bench_tls.py; with --kernel=block_attention, its
-form for training: bench_blocks.py)
+(or, with --kernel=tls_attention, sparse decoding: bench_tls.py; with --kernel=tls_decode, a model
+that decodes so: bench_tls_decode.py; with --kernel=block_attention, its form for training:
+bench_blocks.py)
 
 On this machine, ours against the token scan and, with --peer_python, against the chunked rule of
 transformers in torch, in turn and in one run:
@@ -215,6 +216,10 @@ def main(argv) -> None:
     from experiments import bench_tls
     bench_tls.run([int(n) for n in f.lengths], f.dtypes, f.repeats, f.out)
     return
+  if f.kernel == 'tls_decode':
+    from experiments import bench_tls_decode
+    bench_tls_decode.run([int(n) for n in f.lengths], f.repeats, f.out)
+    return
   if f.kernel == 'block_attention':
     from experiments import bench_blocks
     lengths = f.lengths if f['lengths'].present else bench_blocks.LENGTHS
@@ -237,8 +242,9 @@ def main(argv) -> None:
 
 
 def define_flags() -> None:
-  flags.DEFINE_enum('kernel', 'delta_rule', ['delta_rule', 'tls_attention', 'block_attention'],
-                    'What to time; see bench_tls and bench_blocks for the others.')
+  flags.DEFINE_enum('kernel', 'delta_rule',
+                    ['delta_rule', 'tls_attention', 'tls_decode', 'block_attention'],
+                    'What to time; see bench_tls, bench_tls_decode and bench_blocks.')
   flags.DEFINE_list('lengths', ['16384', '49152', '98304', '131072'], 'Contexts of the others.')
   flags.DEFINE_multi_enum('dtypes', ['float32', 'bfloat16'], ['float32', 'bfloat16'],
                           'Of the others.')

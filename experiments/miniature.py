@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.miniatures import calculator, fg2_gdn, zppo
+from experiments.miniatures import calculator, fg2_gdn, tls, zppo
 from zppo_jax.core.errors import UserError
 from zppo_jax.launch import flags as flags_lib
 
@@ -36,6 +36,8 @@ class Miniature:
   notes: Callable[[Any], Sequence[str]]  # figures that nothing is claimed about
   record: Callable[[Any], dict[str, Any]]  # JSON values
   panels: Callable[[Any], Mapping[str, Mapping[str, np.ndarray]]]  # title -> arm -> [seeds, steps]
+  # title -> what the points stand for, of panels that are not over steps
+  ticks: Callable[[Any], Mapping[str, Sequence[Any]]] = lambda _: {}
 
 
 MINIATURES: Mapping[str, Miniature] = {
@@ -54,6 +56,11 @@ MINIATURES: Mapping[str, Miniature] = {
     axes=('evaluation', 'held-out accuracy, 256 questions'),
     run=calculator.run, table=calculator.table, bars=calculator.bars, notes=calculator.notes,
     record=calculator.record, panels=calculator.panels),
+  'asynctls': Miniature(
+    title='AsyncTLS against Quest and Double Sparsity at equal token budgets',
+    axes=('decode step, or blocks looked into', 'attention mass read, or answers right'),
+    run=tls.run, table=tls.table, bars=tls.bars, notes=tls.notes, record=tls.record,
+    panels=tls.panels, ticks=tls.ticks),
 }
 
 
@@ -71,8 +78,11 @@ def bar_line(bar) -> str:
 
 
 def plot(panels: Mapping[str, Mapping[str, np.ndarray]], axes: tuple[str, str], title: str,
-         path: str) -> None:
-  """Mean curve of each arm with a band of one standard error over seeds, to a PNG."""
+         path: str, ticks: Mapping[str, Sequence[Any]]) -> None:
+  """Mean curve of each arm with a band of one standard error over seeds, to a PNG.
+
+  `ticks` names the points of panels that are not steps.
+  """
   from matplotlib.figure import Figure  # without pyplot: Agg, and no global state
 
   figure = Figure(figsize=(6.2 * len(panels), 4.8), layout='constrained')
@@ -84,6 +94,8 @@ def plot(panels: Mapping[str, Mapping[str, np.ndarray]], axes: tuple[str, str], 
       axis.plot(steps, mean, label=arm, color=f'C{i}', linewidth=1.8)
       axis.fill_between(steps, mean - error, mean + error, color=f'C{i}', alpha=0.2, linewidth=0)
     axis.set(title=name, xlabel=axes[0])
+    if name in ticks:
+      axis.set_xticks(range(len(ticks[name])), ticks[name])
     axis.legend(fontsize='small', frameon=False)
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
@@ -101,7 +113,8 @@ def write(folder: str, name: str, miniature: Miniature, result, bars, seconds: f
     for b in bars], seconds=round(seconds, 1))
   with open(paths[0], 'w', encoding='utf-8') as file:
     json.dump(values, file, indent=1)
-  plot(miniature.panels(result), miniature.axes, miniature.title, paths[1])
+  plot(miniature.panels(result), miniature.axes, miniature.title, paths[1],
+       miniature.ticks(result))
   return paths
 
 

@@ -83,7 +83,9 @@ def base(preset):
     # Keys that a token is drawn by (AsyncTLS), chosen among top_blocks blocks; 0 = all. Scores are
     # by all keys, so it wants method.correction, or uncorrected=True.
     sparse=dict(top_tokens=0, top_blocks=128, block=64, sink_blocks=1, stale=False, labels=32,
-                uncorrected=False))
+                # Blocks on the device of every row and head, the other keys in host memory; how
+                # many come in at a step. 0 = all keys stay on the device.
+                pool=0, misses=8, uncorrected=False))
   # Tools make a rollout an episode: answers, tool answers (not trained on), answers; then
   # rollout.max_new_tokens is the room for all of it. '{tools}' describes them to the policy.
   c.agent = dict(tools=(), parser='xml_tags' if tiny else 'hermes',

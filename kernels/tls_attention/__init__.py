@@ -1,5 +1,6 @@
 """Sparse attention: two levels for decoding (bounds, 4-bit labels), block tables for training."""
 
+from kernels.tls_attention import pool as pool
 from kernels.tls_attention.api import choose as choose
 from kernels.tls_attention.api import decode as decode
 from kernels.tls_attention.api import read as read

@@ -384,7 +384,7 @@ def test_grpo_learns_addition_mod_23(seed):
 def test_rollouts_drawn_by_few_keys_are_corrected():
   """The scorer sees all keys: the gap is logged, and the loss knows both log-probs."""
   run = tiny.make_run('grpo', correction='token_tis')
-  few = Sparse(tls.Config(block=8, top_blocks=2, top_tokens=8), labels=4)
+  few = Sparse(tls.Config(block=8, top_blocks=2, top_tokens=8), labels=4, pool=3, misses=2)
   run = dataclasses.replace(run, setup=dataclasses.replace(run.setup, sparse=few))
   with jax.set_mesh(run.setup.mesh):
     programs = run_lib.compile_programs(run)
@@ -392,6 +392,8 @@ def test_rollouts_drawn_by_few_keys_are_corrected():
     taken = tiny.take_step(run, programs, now, 0)
   assert 1e-3 < taken.metrics['mismatch/abs_max'] < 5 and taken.metrics['mismatch/kl_k3'] > 0
   assert np.isfinite(taken.metrics['grad_norm']) and 'old_logp' in run.method.needs
+  seen = taken.item.metrics
+  assert 0 < seen['rollout/pool_hits'] < 1 and seen['rollout/pool_absent'] == 0
 
 
 def test_slots_train_as_the_fixed_batch_does():

@@ -20,7 +20,8 @@ from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import place
 from zppo_jax.models import decoder, flops, hf_config, mlps, presets, safetensors
 from zppo_jax.models import params as params_lib
-from zppo_jax.models.config import Moe, find_stages
+from zppo_jax.models.config import Moe
+from zppo_jax.models.stages import find_stages
 
 load_lib = sys.modules['zppo_jax.models.load']  # the package has a function of this name
 GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden')

@@ -83,6 +83,25 @@ def test_steps_keep_the_books_and_waiting_rows_keep_still():
     assert layer.rows.key.shape[2] == 40 and (np.asarray(layer.weight) > 0).all()
 
 
+POOLED = dataclasses.replace(STALE, pool=5, misses=3)
+
+
+@pytest.mark.parametrize('name', ['full', 'hybrid', 'latent'])
+def test_a_pool_before_host_memory_changes_nothing(name):
+  wanted = draw(sparse(name, STALE), name)
+  found = draw(sparse(name, POOLED), name)
+  assert wanted.pool_hits is None
+  hits, absent = (np.asarray(x)[np.asarray(found.valid)] for x in (found.pool_hits,
+                                                                  found.pool_absent))
+  assert (0 < hits).all() and (hits < 1).any() and not absent.any()
+  assert_same(found, wanted)
+  slots, _ = engine.run(sparse(name, POOLED), weights(name), batch(), key=jax.random.key(0),
+                        version=3, settings=settings(),
+                        engine=engine.Engine(slots=4, steps=3, prefill=2))
+  assert_same(slots, wanted)
+  assert slots.pool_hits.shape == found.pool_hits.shape and not slots.pool_absent.any()
+
+
 def talk(config, shape):
   chat = conversations.Conversations(config, shape)
   requests, said = [request(i, 3 + 4 * i) for i in range(4)], []
@@ -106,9 +125,10 @@ def test_slots_and_chunks_of_conversations_change_nothing():
       np.testing.assert_allclose(logp, other_logp, atol=1e-5)
 
 
-@pytest.mark.parametrize('shape', [dict(data=4, tensor=2), dict(fsdp=2, tensor=4)], ids=str)
-def test_eight_devices_draw_the_same(shape):
-  config, mesh = sparse('full', STALE), place.make_mesh(shape, jax.devices()[:8])
+@pytest.mark.parametrize('shape, how', [
+  (dict(data=4, tensor=2), STALE), (dict(fsdp=2, tensor=4), POOLED)], ids=['resident', 'pool'])
+def test_eight_devices_draw_the_same(shape, how):
+  config, mesh = sparse('full', how), place.make_mesh(shape, jax.devices()[:8])
   given = prompts(rows=(0, 1, 2, 3)), dict(key=jax.random.key(0), settings=settings())
   wanted = decode.generate(config, weights('full'), given[0], **given[1])
   with jax.set_mesh(mesh):

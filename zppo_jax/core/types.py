@@ -109,6 +109,10 @@ class Rollout:
   valid: Array  # bool[N]; false = padding row, outside every mean
   # f32[N, T]: log softmax(z / T)[token] = behavior_logp + log_kept_mass; None = sampled unfiltered
   log_kept_mass: Array | None = None
+  # f32[N], of the blocks of keys in host memory that the steps of a row wanted: the share that was
+  # on the device, and the share that had not come when it was to be read; None = no such keys
+  pool_hits: Array | None = None
+  pool_absent: Array | None = None
 
 
 @record

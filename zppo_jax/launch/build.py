@@ -153,7 +153,8 @@ def sparse_settings(rollout: Any) -> Sparse | None:
   if not s.top_tokens:
     return None
   return Sparse(tls.Config(block=s.block, top_blocks=s.top_blocks, top_tokens=s.top_tokens,
-                           sink_blocks=s.sink_blocks, stale=s.stale), labels=s.labels)
+                           sink_blocks=s.sink_blocks, stale=s.stale), labels=s.labels,
+                pool=s.pool, misses=s.misses)
 
 
 def build(config: Any, workdir: str, *, grader: Grader) -> run.Run:

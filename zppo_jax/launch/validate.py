@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from zppo_jax.core.errors import ConfigError, UserError
 from zppo_jax.launch import build, roles, turns
 from zppo_jax.launch.config import (
@@ -201,13 +203,21 @@ def _staleness(config: Any, method: Any) -> list[Problem]:
                   'method.correction where there is one, or allow_uncorrected_staleness=True')]
 
 
-def _sparse(config: Any, method: Any, model: Any) -> list[Problem]:
+def _sparse(config: Any, method: Any, model: Any, aot: bool) -> list[Problem]:
   """Settings of sparse decoding, and what makes up for it in the loss."""
   own = build.sparse_settings(config.rollout)
   if own is None or model is None:
     return []
   lines = model_lib.problems(dataclasses.replace(model, sparse=own))
   found = [Problem(f'rollout.{p.split(":")[0]}', p.split(': ', 1)[1]) for p in lines]
+  if own.pool and (config.agent.tools or config.agent.env):
+    found.append(Problem('rollout.sparse.pool', f'{own.pool} with agent.tools or agent.env: turns '
+                         'are appended to keys on the device, must be 0'))
+  if own.pool and not aot:
+    kinds = sorted(m.kind for m in jax.local_devices()[0].addressable_memories())
+    if 'pinned_host' not in kinds:
+      found.append(Problem('rollout.sparse.pool', f'{own.pool} needs memory of kind pinned_host, '
+                           f'{jax.default_backend()} has {kinds}'))
   if method is not None and not config.rollout.sparse.uncorrected and (
       getattr(method, 'correction', 'none') == 'none'):
     found.append(Problem(
@@ -245,7 +255,7 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
     found += _lengths(config, method, model)
   found += _sharding(config, method, model, num_devices) + turns.problems(config)
   return (found + _adapters(config, method, model) + _staleness(config, method)
-          + _sparse(config, method, model))
+          + _sparse(config, method, model, aot))
 
 
 def validate(config: Any, *, num_devices: int, aot: bool = False) -> None:

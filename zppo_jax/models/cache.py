@@ -3,6 +3,7 @@ right."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from kernels import tls_attention as tls
 from zppo_jax.core import types
+from zppo_jax.mesh import axes
 from zppo_jax.models.config import DELTA_KINDS, ModelConfig
 
 
@@ -32,10 +34,11 @@ class Latent:
 class Sparse:
   """Keys of a layer that decodes at a fixed budget; S is a multiple of the block."""
 
-  rows: KeyValue | Latent
+  rows: KeyValue | Latent | tls.pool.Pool  # a pool only in a split cache
   state: tls.State  # with R in front of every array
   weight: types.Array  # f32[R, B, KV, K], of the channels over the tokens of each row
   channels: types.Array  # i32[R, B, KV, labels], the heaviest when tokens were last appended
+  traffic: tls.pool.Traffic | None = None  # of a pool, since the prompt
 
 
 @types.record
@@ -133,14 +136,88 @@ def _go_on(empty, shared, rows: int):
 
 
 def whole(config: ModelConfig, prompts: Cache, group: int, size: int) -> Cache:
-  """Split cache of `size` columns whose rows hold their prompt themselves, `group` rows of each."""
+  """Split cache of `size` columns whose rows hold their prompt themselves, `group` rows of each.
+
+  Keys that a pool is for go to host memory, layer by layer.
+  """
   def put(empty, held):
-    held = jnp.repeat(held, group, axis=1)
+    held = jnp.repeat(held, group, axis=0)
     return jax.lax.dynamic_update_slice(empty, held, (0,) * held.ndim)
 
-  layers = init(config, len(prompts.length) * group, size).layers
-  return Cache(unstack(config, jax.tree.map(put, layers, prompts.layers)),
+  empty = unstack(config, init(config, len(prompts.length) * group, size).layers)
+  held = prompts.layers if prompts.split else unstack(config, prompts.layers)
+  layers = (jax.tree.map(put, *pair) for pair in zip(empty, held))
+  return Cache(tuple(offload(config, layer) for layer in layers),
                jnp.repeat(prompts.length, group), split=True)
+
+
+def offload(config: ModelConfig, layer):
+  """A layer of a split cache with its keys in host memory, where the config has a pool for them."""
+  if not isinstance(layer, Sparse) or not config.sparse.pool:
+    return layer
+  given, tree = jax.tree.flatten((layer.rows, layer.state))
+
+  def create(*leaves):
+    rows, state = jax.tree.unflatten(tree, leaves)
+    return tuple(jax.tree.leaves(tls.pool.create(
+      rows.key, getattr(rows, 'value', None), state, slots=config.sparse.pool,
+      config=config.sparse.kernel)))
+
+  n = len(jax.tree.leaves(layer.rows))
+  made = axes.on_shards(create, list(map(row_axes, given)), pool_axes(n))(*given)
+  zero = jnp.zeros(layer.weight.shape[:2], jnp.int32)
+  return dataclasses.replace(layer, rows=tls.pool.Pool(made[:n], made[n:2 * n], *made[2 * n:]),
+                             traffic=tls.pool.Traffic(zero, zero, zero, zero))
+
+
+def enter(config: ModelConfig, layer, prompts, target: jax.Array, source: jax.Array):
+  """A layer of a split cache whose row target[i] (or none: B and more) is row source[i] of the same
+  layer of shorter prompts."""
+  def put(old, new):  # states of a recurrence, or the first columns of a cache of keys
+    first = tuple(slice(0, n) for n in new.shape[1:])
+    return old.at[(target, *first)].set(new[source], mode='drop')
+
+  if not isinstance(layer, Sparse) or not config.sparse.pool:
+    return jax.tree.map(put, layer, prompts)
+  keys = jax.tree.map(lambda x: x[source], (prompts.rows, prompts.state.chosen))
+  keys, tree = jax.tree.flatten(keys)
+  pool, pool_tree = jax.tree.flatten(layer.rows)
+
+  def insert(number, target, *leaves):
+    rows, chosen = jax.tree.unflatten(tree, leaves[:len(keys)])
+    pool = jax.tree.unflatten(pool_tree, leaves[len(keys):])
+    return tuple(jax.tree.leaves(tls.pool.insert(
+      pool, rows.key, getattr(rows, 'value', None), chosen, target - number[0],
+      config.sparse.kernel)))
+
+  names = pool_axes(len(layer.rows.host))
+  ins = [('batch',), (None,), *((None, *row_axes(x)[1:]) for x in keys), *names]
+  pool = axes.on_shards(insert, ins, names)(
+    jnp.arange(len(layer.weight)), target, *keys, *pool)
+  books = jax.tree.map(put, *(dataclasses.replace(x, rows=None, traffic=None)
+                              for x in (layer, prompts)))
+  traffic = jax.tree.map(lambda x: x.at[target].set(0, mode='drop'), layer.traffic)
+  return dataclasses.replace(books, rows=jax.tree.unflatten(pool_tree, pool), traffic=traffic)
+
+
+def traffic(cache: Cache) -> jax.Array | None:
+  """i32[B, 4] of `Traffic` over all layers and heads since the prompt; None without a pool."""
+  found = [x.traffic for x in cache.layers if isinstance(x, Sparse) and x.traffic is not None]
+  if not found:
+    return None
+  return sum(jnp.stack([jnp.sum(x, axis=1) for x in (t.wanted, t.missing, t.waiting, t.absent)],
+                       axis=1) for t in found)
+
+
+def row_axes(x) -> tuple[str | None, ...]:
+  """Logical axes of arrays [B, KV, ..]."""
+  return 'batch', 'kv_heads', *(None,) * (x.ndim - 2)
+
+
+def pool_axes(arrays: int) -> list[tuple[str | None, ...]]:
+  """Logical axes of the leaves of a pool of keys (1 array), or of keys and values (2)."""
+  host, slots = ('batch', None, 'kv_heads', None, None), ('batch', 'kv_heads', None, None, None)
+  return [host] * arrays + [slots] * arrays + [('batch', 'kv_heads', None)] * 3 + [()]
 
 
 def as_prefix(prompts: Cache) -> Prefix:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 from kernels import tls_attention as tls
+from zppo_jax.models.stages import Slot, Stage, find_stages
 
 DELTA_KINDS = ('gdn', 'kda', 'fg2_gdn', 'fg2_gdn_plus')  # mixers by the delta rule
 ATTENTION_KINDS = ('full', 'sliding')
 MLPS = ('dense', 'moe')
-LONGEST_PATTERN = 16  # layers
 # What is computed again: nothing; all but the input of a block; all but products with weights.
 REMAT = ('none', 'full', 'dots')
 
@@ -65,11 +64,14 @@ class Moe:
 class Sparse:
   """Decoding at a fixed budget of keys, in full and latent attention (arXiv 2604.07815).
 
-  Labels hold the channels that weigh most in their own row.
+  Labels hold the channels that weigh most in their own row. With a pool the keys lie in host memory
+  and a row of each key head has that many blocks on the device; `misses` of them come in at a step.
   """
 
   kernel: tls.Config = tls.Config()
   labels: int = 32  # channels of a label
+  pool: int = 0  # blocks; 0 = all keys stay on the device
+  misses: int = 8
   implementation: str | None = None  # None = fastest that runs
 
 
@@ -145,73 +147,6 @@ class ModelConfig:
     """(index in `slots`, index in its stack) of a layer."""
     return next((n, slot.layers.index(layer)) for n, slot in enumerate(self.slots)
                 if layer in slot.layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-  """Layers first, first + step, .. of one kind, whose parameters are stacked."""
-
-  mixer: str
-  mlp: str
-  first: int
-  step: int
-  repeats: int
-
-  @property
-  def layers(self) -> range:
-    """Numbers of its layers, in the order of the stack."""
-    return range(self.first, self.first + self.step * self.repeats, self.step)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """A pattern of layers that is scanned `repeats` times."""
-
-  slots: tuple[Slot, ...]
-  repeats: int
-
-
-@functools.lru_cache(maxsize=256)
-def find_stages(kinds: tuple[tuple[str, str], ...]) -> tuple[Stage, ...]:
-  """Greedy: at each layer the pattern that covers most of what follows by repeating.
-
-  Layers that start no repetition form stages of one repeat.
-  """
-  stages, at, lonely = [], 0, []
-
-  def close():
-    if lonely:
-      stages.append(_stage(kinds, lonely[0], len(lonely), 1))
-      lonely.clear()
-
-  while at < len(kinds):
-    period, repeats = _best_pattern(kinds, at)
-    if repeats < 2:
-      lonely.append(at)
-      at += 1
-      continue
-    close()
-    stages.append(_stage(kinds, at, period, repeats))
-    at += period * repeats
-  close()
-  return tuple(stages)
-
-
-def _best_pattern(kinds, at: int) -> tuple[int, int]:
-  """(period, repeats) of the longest cover from `at` on, the shortest period among equals."""
-  best = (1, 1)
-  for period in range(1, min(LONGEST_PATTERN, (len(kinds) - at) // 2) + 1):
-    pattern, repeats = kinds[at:at + period], 1
-    while kinds[at + repeats * period:at + (repeats + 1) * period] == pattern:
-      repeats += 1
-    if repeats > 1 and period * repeats > best[0] * best[1]:
-      best = period, repeats
-  return best
-
-
-def _stage(kinds, first: int, period: int, repeats: int) -> Stage:
-  return Stage(tuple(Slot(*kinds[first + i], first + i, period, repeats) for i in range(period)),
-               repeats)
 
 
 def from_dict(fields: Mapping[str, Any]) -> ModelConfig:
@@ -302,6 +237,11 @@ def _sparse_problems(c: ModelConfig) -> list[str]:
   elif c.sparse.labels % 2 or not 2 <= c.sparse.labels <= min(widths):
     found.append(f'sparse.labels: must be even and in 2..{min(widths)}, the width of a key, '
                  f'got {c.sparse.labels}')
+  if c.sparse.pool:
+    lines = tls.pool.problems(c.sparse.kernel, c.sparse.pool, c.sparse.misses)
+    names = {'slots': 'pool', 'misses': 'misses'}
+    found += [f'sparse.{names[name]}: {reason}'
+              for name, reason in (line.split(' ', 1) for line in lines)]
   if c.attn_cap is not None:
     found.append(f'sparse: scores have no soft cap, got attn_cap = {c.attn_cap}')
   return found

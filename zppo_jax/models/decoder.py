@@ -14,10 +14,11 @@ from zppo_jax.mesh import axes
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import layers
 from zppo_jax.models.cache import Cache, Prefix
-from zppo_jax.models.config import ModelConfig, Slot, Stage
+from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.mixers import MIXERS, Place
 from zppo_jax.models.mlps import MLPS
 from zppo_jax.models.params import Block, Params
+from zppo_jax.models.stages import Slot, Stage
 
 Array = jax.Array
 Edit = tuple[str, Callable[[Array], Array]]

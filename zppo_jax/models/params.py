@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from zppo_jax.core import rng, trees, types
 from zppo_jax.mesh import axes as axes_lib
 from zppo_jax.models import config as config_lib
+from zppo_jax.models import stages
 from zppo_jax.models.config import ModelConfig
 
 
@@ -235,7 +236,7 @@ def abstract(config: ModelConfig) -> Params:
   norm = _norm(config, config.hidden)
   post = norm if config.sandwich else None
 
-  def stacked(slot: config_lib.Slot) -> Block:
+  def stacked(slot: stages.Slot) -> Block:
     block = Block(norm, MIXER_PARAMS[slot.mixer](config), norm, MLP_PARAMS[slot.mlp](config), post,
                   post)
     return jax.tree.map(lambda s: dataclasses.replace(

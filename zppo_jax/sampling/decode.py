@@ -118,6 +118,7 @@ class Responses:
   length: Array  # i32[N]
   done: Array  # bool[N], ended by a stop token
   kept: Array | None = None  # f32[N, R], see `choose`
+  traffic: Array | None = None  # i32[N, 4], see `cache.traffic`
 
 
 @types.record
@@ -134,15 +135,21 @@ class _State:
 
 
 def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
-  """(cache of prompts i32[P, L], logits f32[P, V] of the first new token)."""
+  """(cache of prompts i32[P, L], logits f32[P, V] of the first new token).
+
+  The cache is split where its keys are to leave the device: no two layers' need be there at once.
+  """
   rows, size = tokens.shape
+  if config.sparse is not None and config.sparse.pool:
+    blocks, cache = decoder.split_blocks(config, params), cache_lib.split(config, rows, size)
+  else:
+    blocks, cache = params, cache_lib.init(config, rows, size)
   # Layers unrolled make a step faster that runs often; this one runs once, and is compiled as well.
   out = decoder.forward(
-    dataclasses.replace(config, unroll=1), params, tokens,
-    segment_ids=masks.segments_from_lengths(length, size), cache=cache_lib.init(config, rows, size),
-    want='hidden')
+    dataclasses.replace(config, unroll=1), blocks, tokens,
+    segment_ids=masks.segments_from_lengths(length, size), cache=cache, want='hidden')
   last = jnp.take_along_axis(out.hidden, (length - 1)[:, None, None], axis=1)[:, 0]
-  return out.cache, decoder.unembed(config, params, last)
+  return (dataclasses.replace(out.cache, length=length), decoder.unembed(config, params, last))
 
 
 def _first_max(x: Array) -> Array:
@@ -254,6 +261,11 @@ def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Ar
   in_response = (column >= start[:, None]) & (column < (start + drawn.length)[:, None])
   sampled = in_response & (column >= (start + forced_length)[:, None]) & valid[:, None]
   segments = masks.segments_from_lengths(start + drawn.length, total)
+  hits = absent = None
+  if drawn.traffic is not None:
+    wanted, missing, _, absent = jnp.moveaxis(drawn.traffic.astype(jnp.float32), 1, 0)
+    some = jnp.maximum(wanted, 1)
+    hits, absent = 1 - missing / some, absent / some
   per_token = lambda x: jnp.where(sampled, masks.put_window(x, start, total), 0.0)
   return types.Rollout(
     tokens=jnp.where(column < start[:, None], prompt_part, jnp.where(in_response, response, 0)),
@@ -272,7 +284,8 @@ def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Ar
     reward=jnp.zeros(rows),
     status=jnp.where(drawn.done, types.FINISHED, types.TRUNCATED).astype(jnp.int32),
     valid=valid,
-    log_kept_mass=None if drawn.kept is None else per_token(drawn.kept))
+    log_kept_mass=None if drawn.kept is None else per_token(drawn.kept),
+    pool_hits=hits, pool_absent=absent)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'settings'))
@@ -287,5 +300,6 @@ def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Arra
   check_settings(settings)
   prompts = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)), prompts)
   state = _decode(config, params, prompts, key, settings)
-  drawn = Responses(state.tokens, state.logp, state.length, state.done, state.kept)
+  drawn = Responses(state.tokens, state.logp, state.length, state.done, state.kept,
+                    cache_lib.traffic(state.cache))
   return assemble(prompts, drawn, settings, jnp.asarray(version, jnp.int32))

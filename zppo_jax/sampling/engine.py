@@ -18,6 +18,7 @@ import numpy as np
 from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import hosts
+from zppo_jax.models import cache as cache_lib
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
 from zppo_jax.sampling import decode
@@ -134,6 +135,8 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: ja
   rows = len(prompts.length) * group
   tokens, logp = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
   kept = np.zeros_like(logp) if settings.filtered else None
+  pooled = config.sparse is not None and config.sparse.pool > 0
+  traffic = np.zeros((rows, 4), np.int32) if pooled else None
   length, done = np.zeros(rows, np.int32), ~np.repeat(prompts.valid, group)
   queue = _Queue(config, params, prompts, settings, engine.prefill)
   blocks = slots_lib.split_blocks(config, params)
@@ -148,13 +151,13 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: ja
     while free and queue:
       jobs = queue.take(len(free))
       target, source, row = _row(prompts, jobs, free, group, engine.slots)
-      slots = slots_lib.insert(slots, key, queue.prefix, target, source, row)
+      slots = slots_lib.insert(config, slots, key, queue.prefix, target, source, row)
       for job in jobs:
         held[free.pop(0)] = job
     slots, steps, count = slots_lib.steps(config, blocks, slots, most=engine.steps,
                                           settings=settings)
     found = hosts.fetch((slots.active, slots.tokens, slots.logp, slots.length, slots.done, steps,
-                         count, slots.kept))
+                         count, slots.kept, cache_lib.traffic(slots.cache)))
     at = 0 if queue else 1
     taken[at] += found[5]
     decoded[at] += found[6]
@@ -164,11 +167,13 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: ja
       tokens[row, :size], logp[row, :size] = found[1][i, :size], found[2][i, :size]
       if kept is not None:
         kept[row, :size] = found[7][i, :size]
+      if pooled:
+        traffic[row] = found[8][i]
       length[row], done[row], held[i] = size, stopped, None
     if stop is not None and any(found[0][i] for i in ended):
       slots = slots_lib.release(slots, np.asarray([job is not None for job in held]))
-  rollout = _assemble(prompts, decode.Responses(tokens, logp, length, done, kept), settings,
-                      np.int32(version))
+  rollout = _assemble(prompts, decode.Responses(tokens, logp, length, done, kept, traffic),
+                      settings, np.int32(version))
   share = lambda part, steps: float(part / max(1, steps * engine.slots))
   return rollout, Stats(int(taken.sum()), queue.prefills, int(decoded.sum()),
                         share(decoded.sum(), taken.sum()), share(decoded[0], taken[0]))

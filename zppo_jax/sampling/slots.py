@@ -48,8 +48,9 @@ def empty(config: ModelConfig, key: Array, *, rows: int, size: int, prompt: int,
   """Slots of at most `size` tokens; `prompt` and `forced` are the rooms of prompts and prefixes."""
   width = settings.max_new_tokens
   zeros = jnp.zeros(rows, jnp.int32)
+  layers = cache_lib.split(config, rows, size).layers
   return Slots(
-    cache=dataclasses.replace(cache_lib.split(config, rows, size), length=zeros),
+    cache=cache_lib.Cache(tuple(cache_lib.offload(config, x) for x in layers), zeros, split=True),
     logits=jnp.zeros((rows, config.vocab)), tokens=jnp.zeros((rows, width), jnp.int32),
     logp=jnp.zeros((rows, width)),
     kept=jnp.zeros((rows, width)) if settings.filtered else None, length=zeros, limit=zeros,
@@ -65,11 +66,13 @@ def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array, *
   """(cache by layer, logits, first states of the rules) of prompts i32[P, L]."""
   cache, logits = decode.prefill(config, params, axes.constrain(tokens, 'batch', None), length)
   given = rules.Given(tokens, length, config.vocab, settings.max_new_tokens)
-  return cache_lib.unstack(config, cache.layers), logits, rules.init(settings.chain, given)
+  layers = cache.layers if cache.split else cache_lib.unstack(config, cache.layers)
+  return layers, logits, rules.init(settings.chain, given)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def insert(slots: Slots, key: Array, prefix, target: Array, source: Array, row) -> Slots:
+@functools.partial(jax.jit, static_argnames='config', donate_argnums=1)
+def insert(config: ModelConfig, slots: Slots, key: Array, prefix, target: Array, source: Array,
+           row) -> Slots:
   """Sample i of a prefill enters slot target[i] (B or more: nobody does) from prompt source[i].
 
   `prefix` = (layers, logits, rules) of the prefill; `row` = (length, request, sample, forced,
@@ -81,12 +84,9 @@ def insert(slots: Slots, key: Array, prefix, target: Array, source: Array, row) 
   def put(old, new):
     return old.at[target].set(new, mode='drop')
 
-  def rows(old, new):  # states of a recurrence, or the first columns of a cache of keys
-    first = tuple(slice(0, n) for n in new.shape[1:])
-    return old.at[(target, *first)].set(new[source], mode='drop')
-
-  cache = cache_lib.Cache(jax.tree.map(rows, slots.cache.layers, layers),
-                          put(slots.cache.length, length), split=True)
+  held = tuple(cache_lib.enter(config, *pair, target, source)
+               for pair in zip(slots.cache.layers, layers))
+  cache = cache_lib.Cache(held, put(slots.cache.length, length), split=True)
   zero = jnp.zeros_like(length)
   blank = lambda old: put(old, jnp.zeros((len(length), *old.shape[1:]), old.dtype))
   return Slots(

@@ -43,6 +43,10 @@ def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
     'response/len_mean': float(length.mean()), 'response/len_max': float(length.max()),
     'response/truncated_frac': float((status == types.TRUNCATED).mean()),
   }
+  if first.rollout.pool_hits is not None:
+    hits, absent = (x[rows] for x in hosts.fetch((first.rollout.pool_hits,
+                                                  first.rollout.pool_absent)))
+    found |= {'rollout/pool_hits': float(hits.mean()), 'rollout/pool_absent': float(absent.mean())}
   by_kind: dict[int, list[tuple[float, bool]]] = {}
   for part in parts:
     for kind, groups in _kind_metrics(part).items():

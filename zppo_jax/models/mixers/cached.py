@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels import tls_attention as tls
 from kernels.attention import attend, causal_masks
+from kernels.common import dispatch
 from zppo_jax.mesh import axes
 from zppo_jax.models.cache import KV_AXES, KeyValue, Latent, Sparse
 from zppo_jax.models.config import ModelConfig
@@ -20,6 +22,11 @@ def read(config: ModelConfig, query: Array, new: KeyValue | Latent, place: Place
          prefix, *, window: int = 0, scale: float | None = None, cap: float | None = None):
   """(what query [B, T, H, K] reads, [B, T, H, V]; the cache with the new keys [B, KV, T, K])."""
   if isinstance(cache, Sparse):
+    if isinstance(cache.rows, tls.pool.Pool):
+      if query.shape[1] > 1:
+        raise ValueError(f'sparse.pool: rows whose keys lie in host memory take one token at a '
+                         f'time, got {query.shape[1]}')
+      return sparse.decode(config, query, new, cache.rows, place, cache, scale)
     held, rows = _write(cache.rows, new, place.start, layer)
     if layer is None and query.shape[1] == 1:
       return sparse.decode(config, query, new, held, place, cache, scale)
@@ -87,6 +94,8 @@ def _write(cache, new, start: Array, layer):
     return held, held
 
   def put(old, x):
+    if layer is None and x.shape[2] == 1 and dispatch.platform() == 'tpu':
+      return put_tokens(old, x, start)
     rows = jnp.arange(x.shape[0])[:, None]
     at = rows, slice(None), start[:, None] + jnp.arange(x.shape[2])[None]
     at = at if layer is None else (layer, *at)
@@ -95,3 +104,21 @@ def _write(cache, new, start: Array, layer):
 
   held = jax.tree.map(put, cache, new)
   return (held if layer is None else jax.tree.map(lambda x: x[layer], held)), held
+
+
+def put_tokens(old: Array, x: Array, start: Array) -> Array:
+  """[B, KV, S, K] with x [B, KV, 1, K] in column start[b] of its row, if there is one.
+
+  Row by row and in place: a scatter makes TPUs copy the cache.
+  """
+  def shard(old, x, start):
+    def put(b, cache):
+      at = b, 0, start[b], 0
+      here, new = (lax.dynamic_slice(y, z, (1, *x.shape[1:])) for y, z in (
+        (cache, at), (x, (b, 0, 0, 0))))
+      return lax.dynamic_update_slice(cache, jnp.where(start[b] < cache.shape[2], new, here), at)
+
+    return (lax.fori_loop(0, len(start), put, old),)
+
+  rows = KV_AXES[1:]
+  return axes.on_shards(shard, [rows, rows, ('batch',)], [rows])(old, x, start)[0]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kernels import tls_attention as tls
 from zppo_jax.mesh import axes
+from zppo_jax.models import cache as cache_lib
 from zppo_jax.models.cache import KeyValue, Latent, Sparse
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.mixers.place import Place
@@ -22,36 +23,55 @@ from zppo_jax.models.mixers.place import Place
 Array = jax.Array
 
 
-def decode(config: ModelConfig, query: Array, new: KeyValue | Latent, rows: KeyValue | Latent,
-           place: Place, cache: Sparse, scale: float | None) -> tuple[Array, Sparse]:
+def decode(config: ModelConfig, query: Array, new: KeyValue | Latent,
+           rows: KeyValue | Latent | tls.pool.Pool, place: Place, cache: Sparse,
+           scale: float | None) -> tuple[Array, Sparse]:
   """What query [B, 1, H, K] of the token at place.start reads, and the cache after it.
 
-  `rows` hold its key [B, KV, 1, K] already. A row that waits (segment 0) keeps its state.
+  `rows` hold its key [B, KV, 1, K] already, unless they are a pool, which takes it. A row that
+  waits (segment 0) keeps its state.
   """
   own, kernel = config.sparse, config.sparse.kernel
-  latent = isinstance(rows, Latent)
-  names = lambda x: ('batch', 'kv_heads', *(None,) * (x.ndim - 2))
-  state, tree = jax.tree.flatten(cache.state)
+  pooled = isinstance(rows, tls.pool.Pool)
   # Heads of queries go with those of their keys.
-  arrays = [query[:, 0], new.key[:, :, 0], cache.weight, cache.channels, rows.key,
-            *([] if latent else [rows.value]), *state]
-  ins = [('batch',), ('batch',), *map(names, arrays)]
+  given = (query[:, 0], jax.tree.map(lambda x: x[:, :, 0], new), cache.weight, cache.channels,
+           None if pooled else rows)
+  given, given_tree = jax.tree.flatten(given)
+  kept, kept_tree = jax.tree.flatten((rows if pooled else None, cache.state, cache.traffic))
+  pages = cache_lib.pool_axes(len(rows.host)) if pooled else []
+  kept_axes = [*pages, *map(cache_lib.row_axes, kept[len(pages):])]
+  settings = dict(config=kernel, scale=scale, implementation=own.implementation)
 
-  def step(start, live, q, added, weight, channels, key, *rest):
-    value, held = (config.mla.rank, rest) if latent else (rest[0], rest[1:])
-    before = jax.tree.unflatten(tree, held)
-    at = jnp.where(live, start, key.shape[2])  # beyond the room: nothing is added
-    after = tls.append(before, added, at, channels, kernel)
-    out, after = tls.decode(q, key, value, after, channels=channels, length=start + 1,
-                            config=kernel, scale=scale, implementation=own.implementation)
-    chosen = jnp.where(live[:, None, None], after.chosen, before.chosen)
-    more = jax.vmap(tls.weigh)(q[:, None], added[:, None], live[:, None])
-    return out, weight + more, *jax.tree.leaves(dataclasses.replace(after, chosen=chosen))
+  def step(start, live, *leaves):
+    q, added, weight, channels, keys = jax.tree.unflatten(given_tree, leaves[:len(given)])
+    pool, state, traffic = jax.tree.unflatten(kept_tree, leaves[len(given):])
+    more = jax.vmap(tls.weigh)(q[:, None], added.key[:, None], live[:, None])
+    settings['channels'] = channels
+    if pooled:
+      at = jnp.where(live, start, pool.slot_of.shape[-1] * kernel.block)  # waits beyond the room
+      out, pool, state, seen = tls.pool.decode(
+        pool, state, q, added.key, values(config, added), length=at, misses=own.misses, **settings)
+      traffic = jax.tree.map(lambda old, x: old + jnp.where(live[:, None], x, 0), traffic, seen)
+    else:
+      at = jnp.where(live, start, keys.key.shape[2])
+      before, state = state, tls.append(state, added.key, at, channels, kernel)
+      out, state = tls.decode(q, keys.key, values(config, keys), state, length=start + 1,
+                              **settings)
+      state = dataclasses.replace(
+        state, chosen=jnp.where(live[:, None, None], state.chosen, before.chosen))
+    return out, weight + more, *jax.tree.leaves((pool, state, traffic))
 
-  outs = [('batch', 'kv_heads', None), names(cache.weight), *map(names, state)]
-  out, weight, *state = axes.on_shards(step, ins, outs)(
-    jnp.broadcast_to(place.start, query.shape[:1]), place.segment_ids[:, 0] > 0, *arrays)
-  return out[:, None], Sparse(rows, jax.tree.unflatten(tree, state), weight, cache.channels)
+  outs = [('batch', 'kv_heads', None), cache_lib.row_axes(cache.weight), *kept_axes]
+  ins = [('batch',), ('batch',), *map(cache_lib.row_axes, given), *kept_axes]
+  out, weight, *kept = axes.on_shards(step, ins, outs)(
+    jnp.broadcast_to(place.start, query.shape[:1]), place.segment_ids[:, 0] > 0, *given, *kept)
+  pool, state, traffic = jax.tree.unflatten(kept_tree, kept)
+  return out[:, None], Sparse(pool if pooled else rows, state, weight, cache.channels, traffic)
+
+
+def values(config: ModelConfig, rows: KeyValue | Latent) -> Array | int:
+  """Values beside the keys, or how many channels of latent keys are the values."""
+  return config.mla.rank if isinstance(rows, Latent) else rows.value
 
 
 def renew(config: ModelConfig, query: Array, new: KeyValue | Latent, held: KeyValue | Latent,
