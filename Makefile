@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) -m experiments.quickstart --config=ml_collections_configs/quickstart.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.installed lint
-	$(RUN) -m pytest -q -n 2 --dist=worksteal -m 'not slow'
+	$(RUN) -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder -m 'not slow'
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

@@ -24,10 +24,13 @@ for _name, _value in _FLAGS.items():
   if _name not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_name}={_value}'.strip()
 
-_LONG = {'resume_test.py', 'aot_test.py', 'quickstart_test.py', 'published_test.py'}
+# In this order, a whole module on one worker, so that its fixtures and programs are made once.
+_LONG = ('shared_test.py', 'resume_test.py', 'golden_test.py', 'sparse_test.py', 'aot_test.py',
+         'architectures_test.py', 'quickstart_test.py', 'loop_test.py', 'accuracy_test.py',
+         'grpo_test.py', 'zppo_test.py', 'published_test.py', 'zppo_miniature_test.py')
 # Small programs, whose compiling is the cost of their tests.
-_QUICK_FOLDERS = {'agents', 'evals', 'experiments', 'kernels', 'methods', 'models', 'sampling',
-                  'train'}
+_QUICK_FOLDERS = {'agents', 'evals', 'experiments', 'kernels', 'methods', 'models', 'ops', 'replay',
+                  'sampling', 'train'}
 
 
 def pytest_configure(config):
@@ -40,13 +43,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-  """Marks the costly tests of a shared suite for most rows; long tests first: at the end one worker
-  would wait for them."""
+  """Marks the costly tests of a module as slow, but for the parameters that its COSTLY names; long
+  modules first: at the end one worker would wait for them."""
   for item in items:
-    if item.originalname in getattr(item.module, 'COSTLY', ()):
-      if not set(item.callspec.params.values()) & item.module.QUICK_ROWS:
+    quick = getattr(item.module, 'COSTLY', {}).get(item.originalname)
+    if quick is not None:
+      known = {item.callspec.id} | {x for x in item.callspec.params.values() if isinstance(x, str)}
+      if not known & set(quick):
         item.add_marker(pytest.mark.slow)
-  items.sort(key=lambda item: item.path.name not in _LONG)
+  order = {name: at for at, name in enumerate(_LONG)}
+  items.sort(key=lambda item: order.get(item.path.name, len(_LONG)))
 
 
 @pytest.fixture(scope='module', autouse=True)

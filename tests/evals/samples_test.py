@@ -24,7 +24,7 @@ def config(name, **changes):
 @pytest.fixture(scope='module')
 def warm(tmp_path_factory):
   folder = tmp_path_factory.mktemp('evaluate') / 'warm'
-  train(config('sft', num_steps=30, method__num_new=64, optim__learning_rate=5e-3,
+  train(config('sft', num_steps=4, method__num_new=64, optim__learning_rate=5e-3,
                rollout__prompt_tokens=32, rollout__max_new_tokens=40), str(folder),
         report_paths=False)
   return folder

@@ -222,6 +222,8 @@ def test_broken_files_are_named(tmp_path):
     models.save(str(tmp_path), *models.load(source))
 
 
+COSTLY = {'test_gradients_are_those_of_finite_differences': ('glm4_moe_lite', 'qwen3_5_moe'),
+          'test_a_large_leaf_is_read_layer_by_layer': ('None',)}
 FAMILIES = ('gemma2', 'glm4_moe_lite', 'kimi_linear', 'llama', 'qwen3_5_moe', 'qwen3_next')
 
 
@@ -270,13 +272,13 @@ def test_gradients_are_those_of_finite_differences(name):
 
 
 @pytest.mark.parametrize('name, shape', [
-  ('qwen3_5_moe', dict(expert=2, data=2, tensor=2)),
   ('kimi_linear', dict(expert=2, context=2, tensor=2)), *(
     pytest.param(*x, marks=pytest.mark.slow) for x in (
-      ('qwen3_5_moe', dict(data=2)), ('qwen3_5_moe', dict(context=2, data=2)),
+      ('qwen3_5_moe', dict(expert=2, data=2, tensor=2)), ('qwen3_5_moe', dict(data=2)),
+      ('qwen3_5_moe', dict(context=2, data=2)),
       ('kimi_linear', dict(fsdp=4))))], ids=str)
 def test_meshes_give_the_same_loss_and_gradients(name, shape):
-  config, params, tokens, _, wanted = gradients(name)
+  config, params, tokens, alone, wanted = gradients(name)
   count = int(np.prod(list(shape.values())))
   mesh = place.make_mesh(shape, jax.devices()[:count])
   shardings = params_lib.shardings(params_lib.abstract(config), mesh)
@@ -284,7 +286,7 @@ def test_meshes_give_the_same_loss_and_gradients(name, shape):
   with jax.set_mesh(mesh):
     loss, found = jax.jit(jax.value_and_grad(functools.partial(loss_of, config)))(
       jax.device_put(params, shardings), jax.device_put(rows, place.batch_sharding(mesh)))
-  assert float(loss) == pytest.approx(float(loss_of(config, params, tokens)), rel=1e-5)
+  assert float(loss) == pytest.approx(float(alone(params, tokens)), rel=1e-5)
   size = sum(float((g**2).sum()) for g in jax.tree.leaves(wanted)) ** 0.5
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * size)

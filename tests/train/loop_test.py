@@ -37,7 +37,7 @@ def still(tmp_path_factory):
   """Twenty steps at learning rate 0 over 8 devices, with buffer and second phase."""
   folder = tmp_path_factory.mktemp('still')
   train(config('zppo', method__name='zppo_ncq', method__num_new=8, method__buffer_capacity=16,
-               num_steps=20, optim__learning_rate=0.0, rollout__max_new_tokens=16), str(folder))
+               num_steps=20, optim__learning_rate=0.0, rollout__max_new_tokens=8), str(folder))
   return folder
 
 

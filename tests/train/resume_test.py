@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SMALL = ('--config.model.hidden=32', '--config.model.inter=64', '--config.data.eval_size=16',
          '--config.eval.num_questions=16', '--config.eval.chunk=16',
          '--config.rollout.prompt_tokens=32', '--config.rollout.max_new_tokens=40')
-WARM = ('--config.num_steps=100', '--config.optim.learning_rate=5e-3',
+WARM = ('--config.num_steps=60', '--config.optim.learning_rate=5e-3',
         '--config.log.every_steps=50')
 STEPS = 14
 

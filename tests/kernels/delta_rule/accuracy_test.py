@@ -22,8 +22,10 @@ IMPLEMENTATIONS = {
 
 
 # A loop over chunks and blocks: long rows and wide keys cost it little.
-WIDE = (shapes.Case(1), shapes.Case(64), shapes.Case(1000, heads=4, key_heads=2, key=32, value=16),
-        shapes.Case(80, heads=1, key_heads=1, key=256, value=32, batch=1),
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+WIDE = (shapes.Case(1), shapes.Case(64),
+        slow(shapes.Case(1000, heads=4, key_heads=2, key=32, value=16)),
+        slow(shapes.Case(80, heads=1, key_heads=1, key=256, value=32, batch=1)),
         shapes.Case(80, heads=1, key_heads=1, key=16, value=256, batch=1),
         shapes.Case(100, heads=6, key_heads=2, segments=True, decay='dense'))
 
@@ -90,7 +92,7 @@ def test_chunked_in_float64(case):
 
 
 @pytest.mark.parametrize('name', ('chunked', 'pallas_tpu', 'pallas_gpu'))
-@pytest.mark.parametrize('case', [KERNEL[0], KERNEL[3]], ids=str)
+@pytest.mark.parametrize('case', [slow(KERNEL[0]), KERNEL[3]], ids=str)
 def test_bfloat16(name, case):
   check(run(name, case, jnp.bfloat16), law(case, rounded=True), shapes.TOLERANCE['bfloat16'])
 
