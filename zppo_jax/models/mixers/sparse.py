@@ -46,17 +46,16 @@ def decode(config: ModelConfig, query: Array, new: KeyValue | Latent,
     q, added, weight, channels, keys = jax.tree.unflatten(given_tree, leaves[:len(given)])
     pool, state, traffic = jax.tree.unflatten(kept_tree, leaves[len(given):])
     more = jax.vmap(tls.weigh)(q[:, None], added.key[:, None], live[:, None])
-    settings['channels'] = channels
+    fixed = dict(settings, channels=channels)
     if pooled:
       at = jnp.where(live, start, pool.slot_of.shape[-1] * kernel.block)  # waits beyond the room
       out, pool, state, seen = tls.pool.decode(
-        pool, state, q, added.key, values(config, added), length=at, misses=own.misses, **settings)
+        pool, state, q, added.key, _values(config, added), length=at, misses=own.misses, **fixed)
       traffic = jax.tree.map(lambda old, x: old + jnp.where(live[:, None], x, 0), traffic, seen)
     else:
       at = jnp.where(live, start, keys.key.shape[2])
       before, state = state, tls.append(state, added.key, at, channels, kernel)
-      out, state = tls.decode(q, keys.key, values(config, keys), state, length=start + 1,
-                              **settings)
+      out, state = tls.decode(q, keys.key, _values(config, keys), state, length=start + 1, **fixed)
       state = dataclasses.replace(
         state, chosen=jnp.where(live[:, None, None], state.chosen, before.chosen))
     return out, weight + more, *jax.tree.leaves((pool, state, traffic))
@@ -69,7 +68,7 @@ def decode(config: ModelConfig, query: Array, new: KeyValue | Latent,
   return out[:, None], Sparse(pool if pooled else rows, state, weight, cache.channels, traffic)
 
 
-def values(config: ModelConfig, rows: KeyValue | Latent) -> Array | int:
+def _values(config: ModelConfig, rows: KeyValue | Latent) -> Array | int:
   """Values beside the keys, or how many channels of latent keys are the values."""
   return config.mla.rank if isinstance(rows, Latent) else rows.value
 
