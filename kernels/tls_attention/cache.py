@@ -111,7 +111,10 @@ def pack(key: Array, value: Array) -> Array:
 
 def append(state: State, key: Array, length: Array, channels: Array, config: Config,
            implementation: str | None = None) -> State:
-  """Adds the label and the bounds of one key [B, HK, D], the token number length[b] of its row."""
+  """Adds the label and the bounds of one key [B, HK, D], the token number length[b] of its row.
+
+  The first token of a block replaces its bounds: they may be those of a row that was here before.
+  """
   label = tuple(x[:, :, 0] for x in label_of(key[:, :, None], channels))
   table = {'pallas_tpu': tpu_append.write, 'scatter': scatter}
   return dispatch.run('tls_attention.append', table, implementation, tuple(table), state, key,
@@ -127,7 +130,9 @@ def scatter(state: State, key: Array, label: tuple[Array, Array, Array], length:
   at = jnp.minimum(block, held.shape[2] - 1)[:, None, None, None]
   high, low = jnp.split(jnp.take_along_axis(held, at, axis=2)[:, :, 0], 2, axis=-1)
   own = key.astype(held.dtype)
-  wider = jnp.concatenate([jnp.maximum(high, own), jnp.minimum(low, own)], axis=-1)
+  opens = (length % config.block == 0)[:, None, None]
+  wider = jnp.concatenate([jnp.where(opens, own, jnp.maximum(high, own)),
+                           jnp.where(opens, own, jnp.minimum(low, own))], axis=-1)
   summary = Summary(held.at[rows, :, block].set(wider, mode='drop'))
   codes, scale, zero = label
   labels = Labels(state.labels.codes.at[rows, :, :, length].set(codes, mode='drop'),

@@ -54,6 +54,8 @@ def write(state: State, key: Array, label: tuple[Array, Array, Array], length: A
     number = lax.broadcasted_iota(jnp.int32, before.shape, 1) + first
     high = lax.broadcasted_iota(jnp.int32, before.shape, 2) < before.shape[2] // 2
     wider = jnp.where(high, jnp.maximum(before, own), jnp.minimum(before, own))
+    opened = jnp.where(length % config.block == 0, row, -1)
+    wider = jnp.where(number == opened, own, wider)
     bounds_out[0] = jnp.where(number == row, wider, before).astype(bounds_out.dtype)
     lane = length - at_token(pl.program_id(0), length_ref) * LANES
     here = lax.broadcasted_iota(jnp.int32, (heads, LANES), 1) == lane

@@ -162,6 +162,25 @@ def test_token_by_token_is_all_at_once():
                                   wanted.labels.scale[b][:, real[b]])
 
 
+def test_bounds_are_not_those_of_a_row_that_was_here_before():
+  """As in a slot that is filled again: blocks behind the prompt hold what they held."""
+  _, key, _, _, channels = inputs(4)
+  length = jnp.asarray([5, 23])
+  state = summarise(key, length, channels, config=CONFIG)
+  older = summarise(5 * key, jnp.asarray([96, 96]), channels, config=CONFIG).summary.bounds
+  behind = jnp.arange(older.shape[2]) * CONFIG.block >= length[:, None]
+  bounds = jnp.where(behind[:, None, :, None], older, state.summary.bounds)
+  state = dataclasses.replace(state, summary=tls.Summary(bounds))
+  for _ in range(30):
+    state = append(state, jnp.take_along_axis(key, length[:, None, None, None], axis=2)[:, :, 0],
+                   length, channels, config=CONFIG)
+    length = length + 1
+  wanted = summarise(key, length, channels, config=CONFIG).summary.bounds
+  used = jnp.arange(older.shape[2]) * CONFIG.block < length[:, None]
+  for b in range(2):
+    np.testing.assert_array_equal(state.summary.bounds[b][:, used[b]], wanted[b][:, used[b]])
+
+
 def test_what_lies_behind_the_length_is_never_read():
   q, key, value, length, channels = inputs(5)
   behind = (np.arange(96)[None] >= np.asarray(length)[:, None])[:, None, :, None]
