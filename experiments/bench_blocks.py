@@ -9,8 +9,6 @@ if values and gradients at a short length are those of the reference with the sa
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -76,10 +74,8 @@ def check(s: Shape) -> common.Check:
   s = dataclasses.replace(s, length=min(s.length, SHORT), block=64, query_tile=32)
   given, budget = arrays(s), jnp.int32(max(s.top // 2, 1))
   found, wanted = (sparse(s, name)(*given, budget) for name in ('chunked', 'reference'))
-  pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(found, wanted)]
-  error = max(np.sqrt(np.mean((a - b)**2) / np.mean(b**2)) for a, b in pairs)
-  return common.Check('error of values and gradients to the reference', float(error),
-                      BOUND[s.dtype])
+  return common.Check('error of values and gradients to the reference',
+                      common.error(found, wanted), BOUND[s.dtype])
 
 
 def measure(s: Shape, repeats: int) -> dict[str, Any]:
@@ -92,10 +88,7 @@ def measure(s: Shape, repeats: int) -> dict[str, Any]:
            'half': lambda: run(*given, jnp.int32(half))}
   for side in sides.values():
     jax.block_until_ready(side())
-  seconds = {name: [] for name in sides}
-  for i in range(repeats):
-    for name in list(sides)[::1 if i % 2 else -1]:
-      seconds[name].append(common.seconds(sides[name])[0])
+  seconds = common.in_turn(repeats, sides)
   best = {name: min(t) for name, t in seconds.items()}
   return dict(shape=dataclasses.asdict(s), seconds=seconds, best=best,
               ratio={name: best['dense'] / best[name] for name in ('top', 'half')})
@@ -113,7 +106,5 @@ def run(lengths: list[int], dtypes: list[str], repeats: int, out: str) -> list[d
             f'of them {best["half"] * 1e3:6.0f} ms, ratio {ratio["half"]:5.2f}', flush=True)
   found = dict(rows=rows, jax=jax.__version__, platform=jax.default_backend())
   if out:
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'bench_blocks_{jax.default_backend()}.json').write_text(json.dumps(found, indent=1))
+    common.write_json(out, f'bench_blocks_{jax.default_backend()}', found)
   return rows

@@ -185,6 +185,27 @@ def interleave(pairs: int, sides: dict[str, Callable[[], dict[str, Any]]],
   return found
 
 
+def in_turn(repeats: int, sides: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
+  """`interleave` of plain calls: the seconds of every run."""
+  calls = {name: lambda side=side: {'call': seconds(side)[0]} for name, side in sides.items()}
+  return interleave(repeats, calls, parts=('call',))['call']
+
+
+def error(found: Sequence[Any], wanted: Sequence[Any]) -> float:
+  """Largest relative RMS error among arrays."""
+  pairs = [(np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel())
+           for a, b in zip(found, wanted)]
+  return max(float(np.sqrt(np.mean((a - b)**2) / np.mean(b**2))) for a, b in pairs)
+
+
+def write_json(folder: str, name: str, result: dict[str, Any]) -> pathlib.Path:
+  """Writes NAME.json; returns the folder, made if it is not there."""
+  place = pathlib.Path(folder)
+  place.mkdir(parents=True, exist_ok=True)
+  (place / f'{name}.json').write_text(json.dumps(result, indent=1))
+  return place
+
+
 def _spread(side: str, took: np.ndarray, ours: np.ndarray) -> dict[str, float]:
   """The paired ratio to a peer; the keys of Tunix, the first peer, are bare."""
   name, ratio = 'ratio' if side == TUNIX else f'{side}_ratio', took / ours
@@ -239,9 +260,7 @@ def report(name: str, what: str, spec: Spec, timings: Timings, tokens: int,
 def _write(folder: str, name: str, result: dict[str, Any]) -> None:
   from matplotlib.figure import Figure  # without pyplot: no global state
 
-  place = pathlib.Path(folder)
-  place.mkdir(parents=True, exist_ok=True)
-  (place / f'{name}.json').write_text(json.dumps(result, indent=1))
+  place = write_json(folder, name, result)
   figure = Figure(figsize=(6.4, 2.6), layout='constrained')
   axes = figure.subplots()
   rows, sides = result['results'], list(result['seconds'][PARTS[0]])

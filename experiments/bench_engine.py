@@ -10,8 +10,6 @@ sampled.
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 import sys
 from typing import Any
 
@@ -78,10 +76,8 @@ def run(spec: common.Spec, load: Load, pairs: int) -> dict[str, Any]:
 
   wanted, (found, stats) = np.concatenate(fixed()), slots()
   common.require([common.Check('tokens that differ', int((wanted != found).sum()), 0)])
-  before, seconds = compiles.count(), {'fixed': [], 'slots': []}
-  for i in range(pairs):
-    for name, side in (('fixed', fixed), ('slots', slots))[::1 if i % 2 == 0 else -1]:
-      seconds[name].append(common.seconds(side)[0])
+  before = compiles.count()
+  seconds = common.in_turn(pairs, dict(fixed=fixed, slots=slots))
   ratio = np.asarray(seconds['fixed']) / np.asarray(seconds['slots'])
   return dict(
     spec=dataclasses.asdict(spec), load=dataclasses.asdict(load), seconds=seconds,
@@ -112,9 +108,7 @@ def main(argv) -> int:
         f'{found["occupancy_while_waiting"]:.0%} while requests wait), '
         f'{found["compiles_after_warm_up"]} compiles after the warm-up')
   if values.out:
-    place = pathlib.Path(values.out)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / f'bench_engine_{values.preset}.json').write_text(json.dumps(found, indent=1))
+    common.write_json(values.out, f'bench_engine_{values.preset}', found)
   return 0
 
 

@@ -83,13 +83,6 @@ def programs(implementation: str, vector: bool, arrays: dict[str, np.ndarray]):
   return {k: functools.partial(f, *arguments) for k, f in compiled.items()}, compiled['both']
 
 
-def error(found, wanted) -> float:
-  """Largest relative RMS error among arrays."""
-  pairs = [(np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel())
-           for a, b in zip(found, wanted)]
-  return max(float(np.sqrt(np.mean((a - b)**2) / np.mean(b**2))) for a, b in pairs)
-
-
 def results(calls) -> list:
   return [*jax.tree.leaves(calls['forward']()), *calls['both']()]
 
@@ -104,7 +97,7 @@ def run(s: Shape, repeats: int, peer_python: str) -> dict[str, Any]:
       stats = compiled.memory_analysis()
       held = stats.argument_size_in_bytes + stats.output_size_in_bytes
       memory[f'{name}_{form}'] = 1 + stats.temp_size_in_bytes / held
-    checks.append(common.Check(f'chunked {form} against the scan', error(
+    checks.append(common.Check(f'chunked {form} against the scan', common.error(
       results(sides[f'chunked_{form}']), results(sides[f'reference_{form}'])), BOUND))
   peer = common.Peer(peer_python, 'kernels', s, arrays, WORKER) if peer_python else None
   try:
@@ -114,7 +107,7 @@ def run(s: Shape, repeats: int, peer_python: str) -> dict[str, Any]:
       ours[4] = ours[4][..., 0]
       names = ('out', 'd_q', 'd_key', 'd_value', 'd_decay', 'd_rate')
       checks.append(common.Check('chunked scalar against torch',
-                                 error(ours, [theirs[n] for n in names]), BOUND))
+                                 common.error(ours, [theirs[n] for n in names]), BOUND))
     common.require(checks)
     seconds = {f'{side}/{part}': [] for side in sides for part in PARTS}
     seconds |= {f'torch/{part}': [] for part in PARTS if peer}
@@ -162,8 +155,7 @@ def report_scaling(result: dict[str, Any], out: str) -> None:
   print('  memory over arrays: ' + ', '.join(
     f'{k} {v:.2f}' for k, v in result['memory_over_arrays'].items()))
   if out:
-    pathlib.Path(out).mkdir(parents=True, exist_ok=True)
-    (pathlib.Path(out) / 'bench_kernels_scaling.json').write_text(json.dumps(result, indent=1))
+    common.write_json(out, 'bench_kernels_scaling', result)
 
 
 def report(result: dict[str, Any], out: str) -> None:
@@ -182,9 +174,7 @@ def report(result: dict[str, Any], out: str) -> None:
   for side, ratio in result['memory_over_arrays'].items():
     print(f'  {side:26s} forward and backward hold {ratio:.2f}x their arrays')
   if out:
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'bench_kernels.json').write_text(json.dumps(result, indent=1))
+    folder = common.write_json(out, 'bench_kernels', result)
     _plot(best, result['shape'], folder / 'bench_kernels.png')
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -23,19 +21,6 @@ from kernels import tls_attention as tls
 from kernels.tls_attention import chunked, levels, shapes
 
 BOUND = {'float32': 1e-5, 'bfloat16': 2e-2}  # relative RMS, to attention over the chosen tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-  """The operator at the published budget."""
-
-  length: int
-  heads: int = 32
-  key_heads: int = 8
-  width: int = 128
-  labels: int = 32
-  dtype: str = 'float32'
-  seed: int = 0
 
 
 @functools.partial(jax.jit, static_argnames='scale')
@@ -51,15 +36,9 @@ def full(q, key, value, length, scale: float):
   return out.reshape(q.shape[0], q.shape[1], -1).astype(value.dtype)
 
 
-def read_bytes(s: Shape, config: tls.Config) -> dict[str, int]:
-  """Bytes that a step reads per side."""
-  case = shapes.Case(s.length, 1, s.heads, s.key_heads, s.width, s.width, s.labels, s.dtype)
-  return {'full': shapes.full_bytes(case), 'sparse': shapes.sparse_bytes(case, config)}
-
-
-def arrays(s: Shape, config: tls.Config) -> dict[str, Any]:
+def arrays(s: shapes.Case, config: tls.Config) -> dict[str, Any]:
   """A cache whose keys cluster by block, as those of a text do."""
-  rng = np.random.default_rng(s.seed)
+  rng = np.random.default_rng(0)
   draw = lambda *size: rng.standard_normal(size, dtype=np.float32)
   blocks = s.length // config.block
   base = np.repeat(draw(1, s.key_heads, blocks, s.width), config.block, axis=2)
@@ -74,7 +53,7 @@ def arrays(s: Shape, config: tls.Config) -> dict[str, Any]:
   return dict(q=q, key=key, value=value, length=length, channels=channels, state=state)
 
 
-def measure(s: Shape, config: tls.Config, repeats: int) -> dict[str, Any]:
+def measure(s: shapes.Case, config: tls.Config, repeats: int) -> dict[str, Any]:
   """Minimal seconds per side and the ratio of minima. Raises Refused on a wrong output."""
   x, scale = arrays(s, config), s.width ** -0.5
 
@@ -89,20 +68,14 @@ def measure(s: Shape, config: tls.Config, repeats: int) -> dict[str, Any]:
     'sparse': lambda: decode(x['q'], x['key'], x['value'], x['state'], **given)[0]}
   outs = {name: np.asarray(side(), np.float64) for name, side in sides.items()}
   common.require([common.Check('error of attention over the chosen tokens',
-                               _error(outs['sparse'], _over_chosen(x, config, scale)),
+                               common.error([outs['sparse']], [_over_chosen(x, config, scale)]),
                                BOUND[s.dtype])])
-  seconds = {name: [] for name in sides}
-  for i in range(repeats):
-    for name in list(sides)[::1 if i % 2 else -1]:
-      seconds[name].append(common.seconds(sides[name])[0])
+  seconds = common.in_turn(repeats, sides)
   best = {name: min(t) for name, t in seconds.items()}
   return dict(shape=dataclasses.asdict(s), seconds=seconds, best=best,
-              ratio=best['full'] / best['sparse'], bytes=read_bytes(s, config),
-              error_to_full=_error(outs['sparse'], outs['full']))
-
-
-def _error(found: np.ndarray, wanted: np.ndarray) -> float:
-  return float(np.sqrt(np.mean((found - wanted)**2) / np.mean(wanted**2)))
+              ratio=best['full'] / best['sparse'], bytes=dict(
+                full=shapes.full_bytes(s), sparse=shapes.sparse_bytes(s, config)),
+              error_to_full=common.error([outs['sparse']], [outs['full']]))
 
 
 def _over_chosen(x, config: tls.Config, scale: float) -> np.ndarray:
@@ -136,7 +109,7 @@ def run(lengths: list[int], dtypes: list[str], repeats: int, out: str) -> dict[s
   for dtype in dtypes:
     rows = []
     for length in lengths:
-      rows.append(measure(Shape(length, dtype=dtype), config, repeats))
+      rows.append(measure(shapes.Case(length, dtype=dtype), config, repeats))
       r = rows[-1]
       print(f'{dtype:9s} {length:7d} tokens: full {r["best"]["full"] * 1e3:7.2f} ms, sparse '
             f'{r["best"]["sparse"] * 1e3:6.2f} ms, ratio {r["ratio"]:5.2f}; reads '
@@ -148,7 +121,5 @@ def run(lengths: list[int], dtypes: list[str], repeats: int, out: str) -> dict[s
   found |= dict(config=dataclasses.asdict(config), jax=jax.__version__,
                 platform=jax.default_backend())
   if out:
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'bench_tls_{jax.default_backend()}.json').write_text(json.dumps(found, indent=1))
+    common.write_json(out, f'bench_tls_{jax.default_backend()}', found)
   return found

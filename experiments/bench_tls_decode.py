@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -89,7 +87,6 @@ def measure(configs: dict[str, config_lib.ModelConfig], length: int, rows: int, 
   blocks = decoder.split_blocks(first, params_lib.init(first, jax.random.key(0)))
   tokens = jax.random.randint(jax.random.key(1), (rows, STEPS), 0, first.vocab)
   caches = {name: fill(config, length, rows) for name, config in configs.items()}
-  seconds = {name: [] for name in configs}
 
   def call(name):
     hidden, caches[name] = decode(configs[name], blocks, caches[name], tokens)
@@ -98,9 +95,7 @@ def measure(configs: dict[str, config_lib.ModelConfig], length: int, rows: int, 
   common.require([common.Check(  # the first call of each, which is compiled
     f'share of {name} outputs that are not finite', float(1 - np.isfinite(call(name)).mean()), 0.0)
     for name in configs])
-  for i in range(repeats):
-    for name in list(configs)[::1 if i % 2 else -1]:
-      seconds[name].append(common.seconds(lambda name=name: call(name))[0])
+  seconds = common.in_turn(repeats, {name: functools.partial(call, name) for name in configs})
   rate = {name: rows * STEPS / min(t) for name, t in seconds.items()}
   return dict(length=length, rows=rows, seconds=seconds, tokens_per_second=rate,
               ratio=rate['sparse'] / rate['dense'])
@@ -170,8 +165,5 @@ def run(lengths: list[int], repeats: int, out: str) -> dict[str, Any]:
   found = dict(model=dataclasses.asdict(MODEL), budget=dataclasses.asdict(BUDGET), rows=rows,
                traces=found, jax=jax.__version__, platform=jax.default_backend())
   if out:
-    folder = pathlib.Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f'bench_tls_decode_{jax.default_backend()}.json'
-    path.write_text(json.dumps(found, indent=1))
+    common.write_json(out, f'bench_tls_decode_{jax.default_backend()}', found)
   return found

@@ -5,9 +5,9 @@ import pytest
 
 from experiments import bench_common, bench_tls
 from kernels import tls_attention as tls
-from kernels.tls_attention import chunked
+from kernels.tls_attention import chunked, shapes
 
-SHAPE = bench_tls.Shape(1024, heads=4, key_heads=2, width=32, labels=8)
+SHAPE = shapes.Case(1024, heads=4, key_heads=2, width=32, value=32, labels=8, dtype='float32')
 CONFIG = tls.Config(block=64, top_blocks=4, top_tokens=64)
 
 
