@@ -17,7 +17,7 @@ import numpy as np
 from experiments.miniatures import tls_needle, tls_stream
 from experiments.miniatures.bars import Bar, mean_error
 
-WINDOW, QUEST, _, SYNC, STALE = tls_stream.ARMS
+WINDOW, QUEST, LABELS, SYNC, STALE = tls_stream.ARMS
 BUDGETS = (256, 512, 1024)
 NOISY = (64, 96, 128, 192, 256)  # blocks looked into when a block says little of its tokens
 RESTLESS = 'rho 0.5, 512 tokens'
@@ -155,7 +155,7 @@ def record(result: Result) -> dict[str, Any]:
 
 def panels(result: Result) -> dict[str, dict[str, np.ndarray]]:
   """Attention mass by step; by blocks where their bounds are loose; accuracy by blocks."""
-  arms = QUEST, 'Double Sparsity', SYNC, STALE  # of one colour each in all panels
+  arms = QUEST, LABELS, SYNC, STALE  # of one colour each in all panels
   blocks = sorted((*OTHER, BLOCKS))
   many = lambda arm, n: result.recall[
     f'{arm}, {n} blocks' if n in OTHER and arm in (SYNC, STALE) else arm]

@@ -11,18 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels.common.products import dot
 from kernels.tls_attention.block_lists import Plan
 
 Array = jax.Array
 NONE = -1e30  # score of a key that is not seen
 LOWEST = -1e20  # smaller than any score; e^(NONE - LOWEST) = 0
-
-
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-  """In float32: exact products of bfloat16, six passes of float32."""
-  precision = lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                         preferred_element_type=jnp.float32)
 
 
 def _column(row: Array, scratch) -> Array:
@@ -40,7 +34,7 @@ def _scores(plan: Plan, query: Array, keys: Array, key_ids: Array, block: Array,
   """scale q . k [R, block], NONE where not seen; ids and positions of the rows in columns."""
   place = block * plan.block + lax.broadcasted_iota(jnp.int32, (1, plan.block), 1)
   seen = (ids[:, :1] == key_ids) & (place <= at[:, :1])
-  return jnp.where(seen, plan.scale * _dot(query, keys, (1, 1)), NONE)
+  return jnp.where(seen, plan.scale * dot(query, keys, (1, 1)), NONE)
 
 
 def forward_body(plan: Plan, base, table, q_ref, k_ref, v_ref, rows_ref, key_ids_ref, out_ref,
@@ -63,7 +57,7 @@ def forward_body(plan: Plan, base, table, q_ref, k_ref, v_ref, rows_ref, key_ids
     weight, fade = jnp.exp(scores - best), jnp.exp(before - best)
     top[...] = jnp.broadcast_to(best, top.shape)
     total[...] = total[...] * fade + jnp.sum(weight, axis=1, keepdims=True)
-    acc[...] = acc[...] * fade + _dot(weight.astype(v_ref.dtype), v_ref[...], (1, 0))
+    acc[...] = acc[...] * fade + dot(weight.astype(v_ref.dtype), v_ref[...], (1, 0))
 
   @pl.when(j == plan.entries - 1)
   def _():
@@ -88,9 +82,9 @@ def d_query_body(plan: Plan, base, table, q_ref, k_ref, v_ref, d_out_ref, stats_
     keys = k_ref[...]
     scores = _scores(plan, q_ref[...], keys, key_ids_ref[...], block, ids, at)
     weight = jnp.exp(scores - log_sum[:, :1])
-    d_weight = _dot(d_out_ref[...], v_ref[...], (1, 1))
+    d_weight = dot(d_out_ref[...], v_ref[...], (1, 1))
     d_scores = plan.scale * weight * (d_weight - own[:, :1])
-    acc[...] += _dot(d_scores.astype(keys.dtype), keys, (1, 0))
+    acc[...] += dot(d_scores.astype(keys.dtype), keys, (1, 0))
 
   @pl.when(j == plan.entries - 1)
   def _():
@@ -120,12 +114,12 @@ def d_key_value_body(plan: Plan, base, table, q_ref, k_ref, v_ref, d_out_ref, st
     query, d_out, keys = q_ref[...], d_out_ref[...], k_ref[...]
     place = block * plan.block + lax.broadcasted_iota(jnp.int32, (plan.block, 1), 0)
     seen = (ids[:, :1] == rows_ref[:1]) & (place <= rows_ref[1:])
-    scores = jnp.where(seen, plan.scale * _dot(keys, query, (1, 1)), NONE)
+    scores = jnp.where(seen, plan.scale * dot(keys, query, (1, 1)), NONE)
     weight = jnp.exp(scores - stats_ref[:1])
-    d_value[...] += _dot(weight.astype(d_out.dtype), d_out, (1, 0))
-    d_weight = _dot(v_ref[...], d_out, (1, 1))
+    d_value[...] += dot(weight.astype(d_out.dtype), d_out, (1, 0))
+    d_weight = dot(v_ref[...], d_out, (1, 1))
     d_scores = plan.scale * weight * (d_weight - stats_ref[1:])
-    d_key[...] += _dot(d_scores.astype(query.dtype), query, (1, 0))
+    d_key[...] += dot(d_scores.astype(query.dtype), query, (1, 0))
 
   @pl.when((p == steps - 1) | (block_of(jnp.minimum(p + 1, steps - 1)) != block))
   def _():

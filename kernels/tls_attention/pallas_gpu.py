@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from kernels.common import dispatch
+from kernels.common.products import dot
 from kernels.tls_attention import levels, select
 from kernels.tls_attention.config import Array, Config, Labels
 
@@ -146,13 +147,6 @@ def _share(*shape: int):
   return pl.BlockSpec((None, None, None, *shape), lambda n, h, b: (b, h, n, *[0] * len(shape)))
 
 
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-  """In float32: exact products of bfloat16, no rounding of float32 to fewer bits."""
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-  return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision,
-                         preferred_element_type=jnp.float32)
-
-
 def _label_body(size: int, tiles_ref, q_ref, codes_ref, scale_ref, zero_ref, out_ref):
   """Scores f32[G, size] of a tile of tokens by their labels."""
   tokens = pl.ds(tiles_ref[pl.program_id(0)] * size, size)
@@ -166,7 +160,7 @@ def _label_body(size: int, tiles_ref, q_ref, codes_ref, scale_ref, zero_ref, out
 def _small_dot(a: Array, b: Array) -> Array:
   """[G, C] . [C, N], where C may be less than a product takes."""
   if a.shape[1] >= SMALLEST:
-    return _dot(a, b, (1, 0))
+    return dot(a, b, (1, 0))
   return jnp.sum(a[:, :, None] * b[None], axis=1)
 
 
@@ -186,13 +180,13 @@ def _attend_body(plan: Plan, tiles_ref, chosen_ref, q_ref, *refs):
       mask = jnp.broadcast_to(chosen[:, None], (plan.tile, size))
       return plt.load(ref.at[rows, pl.ds(start, size)], mask=mask, other=0)
 
-    logits = sum(_dot(q, load(key_ref, *part), (1, 1)) for q, part in zip(queries, plan.key))
+    logits = sum(dot(q, load(key_ref, *part), (1, 1)) for q, part in zip(queries, plan.key))
     logits = jnp.where(chosen[None], plan.scale * logits, NOTHING)
     now = jnp.maximum(top, jnp.max(logits, axis=1))
     weight, keep = jnp.exp(logits - now[:, None]), jnp.exp(top - now)
     total = keep * total + jnp.sum(weight, axis=1)
     sums = tuple(
-      keep[:, None] * old + _dot(weight.astype(key_ref.dtype),
+      keep[:, None] * old + dot(weight.astype(key_ref.dtype),
                                  load(value_ref, plan.behind + start, size), (1, 0))
       for old, (start, size) in zip(sums, plan.value))
     return now, total, sums

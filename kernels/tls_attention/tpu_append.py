@@ -49,14 +49,9 @@ def write(state: State, key: Array, label: tuple[Array, Array, Array], length: A
   def body(length_ref, wide, codes, scale, zero, bounds_in, codes_in, scale_in, zero_in,
            bounds_out, codes_out, scale_out, zero_out):
     length = length_ref[pl.program_id(0)]
-    row, first = length // config.block, at_block(pl.program_id(0), length_ref) * tile
+    first = at_block(pl.program_id(0), length_ref) * tile
     before, own = bounds_in[0].astype(jnp.float32), wide[0].astype(jnp.float32)
-    number = lax.broadcasted_iota(jnp.int32, before.shape, 1) + first
-    high = lax.broadcasted_iota(jnp.int32, before.shape, 2) < before.shape[2] // 2
-    wider = jnp.where(high, jnp.maximum(before, own), jnp.minimum(before, own))
-    opened = jnp.where(length % config.block == 0, row, -1)
-    wider = jnp.where(number == opened, own, wider)
-    bounds_out[0] = jnp.where(number == row, wider, before).astype(bounds_out.dtype)
+    bounds_out[0] = _widen(before, own, length, first, config.block).astype(bounds_out.dtype)
     lane = length - at_token(pl.program_id(0), length_ref) * LANES
     here = lax.broadcasted_iota(jnp.int32, (heads, LANES), 1) == lane
     for source, target, value in ((scale_in, scale_out, scale), (zero_in, zero_out, zero)):
@@ -78,3 +73,12 @@ def write(state: State, key: Array, label: tuple[Array, Array, Array], length: A
     length, wide, codes.astype(jnp.int32)[..., None], scale[..., None], zero[..., None],
     *in_hbm(interpret, *old))
   return State(Summary(found[0]), Labels(*found[1:]), state.chosen)
+
+
+def _widen(before: Array, own: Array, length: Array, first: Array, block: int) -> Array:
+  """Bounds [HK, rows, 2 D] of the blocks from `first` on, with a key in that of token `length`."""
+  number, row = lax.broadcasted_iota(jnp.int32, before.shape, 1) + first, length // block
+  high = lax.broadcasted_iota(jnp.int32, before.shape, 2) < before.shape[2] // 2
+  wider = jnp.where(high, jnp.maximum(before, own), jnp.minimum(before, own))
+  opened = jnp.where(length % block == 0, row, -1)
+  return jnp.where(number == row, jnp.where(number == opened, own, wider), before)

@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.common.products import dot
+
 Array = jax.Array
 LANES = 128
 UNROLL = 8  # copies of rows issued per turn of a loop
@@ -45,15 +47,6 @@ def in_hbm(interpret, *arrays: Array) -> list[Array]:
   if interpret:
     return list(arrays)
   return [pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in arrays]
-
-
-def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-  """Product over axis contract[0] of a and contract[1] of b, in float32, as exact as the operands.
-
-  The default rounds float32 operands to bfloat16; products of bfloat16 operands are exact."""
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-  dims = (((contract[0],), (contract[1],)), ((), ()))
-  return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _ahead(fetch: Callable, live: Callable, work: Callable):
@@ -143,7 +136,7 @@ def _by_codes(query: Array, codes: Array) -> Array:
   for _ in range(3):
     parts.append(left.astype(jnp.bfloat16))
     left = left - parts[-1].astype(jnp.float32)
-  return sum(_dot(part, codes, (1, 0)) for part in parts[::-1])
+  return sum(dot(part, codes, (1, 0)) for part in parts[::-1])
 
 
 def _start(top, total, sums):
@@ -157,7 +150,7 @@ def _add(plan: Attention, q: Array, key: Array, value: Array, row: Array, column
   """One step of the running softmax. Tokens count where row [1, T] and column [T, 1] are true; the
   values of the others are cleared, as 0 times NaN is NaN."""
   tokens, real = (1, row) if plan.lanes else (0, column)  # an axis of key and value
-  logits = jnp.where(row, plan.scale * _dot(q, key, (1, 1 - tokens)), NOTHING)
+  logits = jnp.where(row, plan.scale * dot(q, key, (1, 1 - tokens)), NOTHING)
   before = top[...]
   now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
   weight = jnp.where(row, jnp.exp(logits - now[:, :1]), 0)
@@ -165,7 +158,7 @@ def _add(plan: Attention, q: Array, key: Array, value: Array, row: Array, column
   top[...] = now
   total[...] = keep * total[...] + jnp.sum(weight, axis=1, keepdims=True)
   clean = jnp.where(real, value.astype(jnp.float32), 0).astype(value.dtype)
-  sums[...] = keep[:, :1] * sums[...] + _dot(weight.astype(value.dtype), clean, (1, tokens))
+  sums[...] = keep[:, :1] * sums[...] + dot(weight.astype(value.dtype), clean, (1, tokens))
 
 
 def _finish(out_ref, total, sums):

@@ -3,19 +3,15 @@
 In processes of their own: libtpu stops at any XLA flag that it does not know.
 """
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
+import child
 import pytest
 
 from zppo_jax.core.errors import UserError
 from zppo_jax.launch import aot
 
 pytest.importorskip('libtpu')
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 # The pod's program on shorter rows and fewer groups, by a student without linear attention (each
 # kernel takes seconds), and without the optimisations that take most of the time.
 QUICK = {'JAX_OPTIMIZATION_LEVEL': 'O0'}
@@ -27,14 +23,10 @@ REFORMULATED = ('--config.rollout.reformulated_tokens=1024', '--config.method.co
 
 
 def launch_pod(tmp_path, *extra, config='zppo', settings=()):
-  env = {k: v for k, v in os.environ.items() if k not in (
-    'XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
-  env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-          **dict(settings)}
-  return subprocess.run(
-    [sys.executable, '-m', 'experiments.launch_pod', '--aot_only', '--topology=v5p:4x4x4',
-     f'--config=ml_collections_configs/{config}.py:pod', f'--workdir={tmp_path}', *extra],
-    cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+  return child.run(
+    '-m', 'experiments.launch_pod', '--aot_only', '--topology=v5p:4x4x4',
+    f'--config=ml_collections_configs/{config}.py:pod', f'--workdir={tmp_path}', *extra,
+    **dict(settings))
 
 
 def check(done, *programs, topology='v5p:4x4x4'):
@@ -101,14 +93,8 @@ print(pod.model.layers, pod.train().compile_seconds)
 @pytest.mark.aot
 @pytest.mark.slow
 def test_64_layers_compile_in_twice_the_time_of_two():
-  env = {k: v for k, v in os.environ.items() if k not in (
-    'XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
-  env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-          **QUICK}
   found = {}
   for layers in ('2', '64'):
-    done = subprocess.run([sys.executable, '-c', STEP_OF_LAYERS, layers], cwd=ROOT, env=env,
-                          capture_output=True, text=True, check=True)
-    count, seconds = done.stdout.split()[-2:]
+    count, seconds = child.answer('-c', STEP_OF_LAYERS, layers, **QUICK).split()[-2:]
     found[count] = float(seconds)
   assert found['64'] <= 2 * found['2'], found

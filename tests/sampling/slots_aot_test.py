@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
+import child
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +63,7 @@ def compile_all(topology, chips, names):
   return {name: compile_steps(name, mesh) for name in names}
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize('topology, chips, names', [
   ('v5e:2x2', 1, ['sparse', 'pool']),
   *(pytest.param(t, n, list(HOW), marks=pytest.mark.slow) for t, n in (
@@ -72,12 +71,7 @@ def compile_all(topology, chips, names):
 def test_a_step_copies_no_cache(topology, chips, names):
   """Temporaries are small beside the keys; with a pool only it is on the device."""
   pytest.importorskip('libtpu')
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'PYTHONPATH': str(pathlib.Path(__file__).parents[2])}
-  done = subprocess.run([sys.executable, __file__, topology, str(chips), *names], env=env,
-                        check=False, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-2000:]
-  found = json.loads(done.stdout)
+  found = json.loads(child.answer(__file__, topology, str(chips), *names))
   layer = 2 * ROWS * 2 * 128 * 2 // chips  # arrays, rows, heads, width, bytes: of one token
   keys = 2 * layer * SIZE
   for name, x in found.items():

@@ -18,7 +18,6 @@ import numpy as np
 from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
 from zppo_jax.mesh import hosts
-from zppo_jax.models import cache as cache_lib
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
 from zppo_jax.sampling import decode
@@ -157,7 +156,7 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: ja
     slots, steps, count = slots_lib.steps(config, blocks, slots, most=engine.steps,
                                           settings=settings)
     found = hosts.fetch((slots.active, slots.tokens, slots.logp, slots.length, slots.done, steps,
-                         count, slots.kept, cache_lib.traffic(slots.cache)))
+                         count, slots.kept, slots_lib.traffic(slots) if pooled else None))
     at = 0 if queue else 1
     taken[at] += found[5]
     decoded[at] += found[6]

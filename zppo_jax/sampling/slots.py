@@ -190,4 +190,10 @@ def release(slots: Slots, stay: Array) -> Slots:
   return dataclasses.replace(slots, active=slots.active & stay)
 
 
+@jax.jit
+def traffic(slots: Slots) -> Array | None:
+  """i32[B, 4] of `cache.traffic`."""
+  return cache_lib.traffic(slots.cache)
+
+
 split_blocks = jax.jit(decoder.split_blocks, static_argnums=0)

@@ -5,17 +5,13 @@ In a process of their own: libtpu stops at any XLA flag that it does not know.
 
 import itertools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
+import child
 import pytest
 
 from kernels.tls_attention import ahead
 
 pytest.importorskip('libtpu')
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 SCRIPT = '''
 import json, sys
 from kernels.tls_attention import ahead
@@ -26,12 +22,7 @@ for case in json.loads(sys.argv[1]):
 
 def measure(*cases):
   """`ahead.measure` of (topology, form, length, rows), in one process."""
-  env = {k: v for k, v in os.environ.items() if k not in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR')}
-  env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-  done = subprocess.run([sys.executable, '-c', SCRIPT, json.dumps(cases)], cwd=ROOT, env=env,
-                        capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr[-2000:]
-  return [json.loads(x) for x in done.stdout.splitlines()]
+  return [json.loads(x) for x in child.answer('-c', SCRIPT, json.dumps(cases)).splitlines()]
 
 
 def check(found):

@@ -1,11 +1,9 @@
 """The TPU kernels of block-table attention, forward and backward, compiled for their chips."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
+import child
 import jax
 import jax.numpy as jnp
 import pytest
@@ -43,13 +41,7 @@ def compile_for(topology, sizes):
 
 def compiled(cases):
   pytest.importorskip('libtpu')
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {
-    'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    'PYTHONPATH': str(pathlib.Path(__file__).resolve().parents[3])}
-  done = subprocess.run([sys.executable, __file__, json.dumps(cases)], env=env, check=False,
-                        capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout)
+  return json.loads(child.answer(__file__, json.dumps(cases)))
 
 
 @pytest.mark.aot

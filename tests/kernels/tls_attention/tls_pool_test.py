@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
+import child
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,6 +184,7 @@ def compile_step(topology, rows):
     copies=[line for line in lines if f'bf16[{rows},2,321,64,128]' in line and ' copy' in line])
 
 
+@pytest.mark.aot
 # Of several rows, the others gather on their sparse cores: programs that jax 0.10 cannot print.
 @pytest.mark.parametrize('topology, rows', [
   ('v5e:2x2', 2), *(pytest.param(t, 1, marks=pytest.mark.slow) for t in (
@@ -193,12 +192,7 @@ def compile_step(topology, rows):
 def test_copies_run_beside_the_attention(topology, rows):
   """Every copy starts before the attention and ends behind it; slots and host are not copied."""
   pytest.importorskip('libtpu')
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'} | {
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'PYTHONPATH': str(pathlib.Path(__file__).parents[3])}
-  done = subprocess.run([sys.executable, __file__, topology, str(rows)], env=env, check=False,
-                        capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr[-2000:]
-  found = json.loads(done.stdout)
+  found = json.loads(child.answer(__file__, topology, str(rows)))
   cache = 2 * rows * (98304 + 64) * 2 * 128 * 2  # arrays, rows, tokens, heads, bytes of a key
   assert found['host'] == [cache, cache, 0] and found['temporary'] < 32 * 2**20
   copies = 2 * rows * 2 * 4  # arrays, rows, heads, misses
