@@ -25,10 +25,8 @@ GOLDEN = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'golden')
 FAMILIES = sorted(n for n in os.listdir(GOLDEN) if os.path.isdir(os.path.join(GOLDEN, n))
                   and not n.startswith('_'))
 LENGTHS = (1, 2, 3, 5, 70)
-COSTLY = {
-  'test_decoding_in_pieces_equals_the_forward': ('gemma2', 'glm4_moe_lite', 'qwen3_next'),
-  'test_greedy_continuations_are_the_same': (
-    'gemma2', 'glm4_moe_lite', 'kimi_linear', 'llama', 'qwen3', 'qwen3_5')}
+COSTLY = {'test_decoding_in_pieces_equals_the_forward': ('gemma2', 'qwen3_next'),
+          'test_greedy_continuations_are_the_same': ('gemma2', 'glm4_moe_lite', 'qwen3_5')}
 SHAPE = len(LENGTHS), sum(LENGTHS)  # of a batch: five rows, or all of them packed in one
 BOUND = 1e-5  # relative RMS in float32; the layout is wrong where it is more
 

@@ -181,7 +181,7 @@ def test_draws_follow_the_exact_distribution(options):
                           jnp.asarray([True]))
   count = 20_000
   wide = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), tree)
-  keys = decode.row_keys(jax.random.key(5), jnp.zeros(count, jnp.uint32), jnp.arange(count))
+  keys = jax.random.split(jax.random.key(5), count)
   token, logp, kept = decode.choose(wide(logits), keys, jnp.full(count, 2), options, wide(states))
   found = np.bincount(token, minlength=VOCAB)
   z = np.asarray(logits[0], np.float64)

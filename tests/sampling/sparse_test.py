@@ -18,9 +18,10 @@ from zppo_jax.models import decoder
 from zppo_jax.models import params as params_lib
 from zppo_jax.sampling import conversations, decode, engine, score
 
-COSTLY = {'test_a_pool_before_host_memory_changes_nothing': ('latent',),
-          'test_eight_devices_draw_the_same': ('pool',),
-          'test_slots_give_the_rows_of_the_fixed_batch': ('full, stale', 'hybrid, stale', 'latent')}
+COSTLY = {'test_a_budget_of_all_keys_is_dense': ('full', 'latent'),
+          'test_a_pool_before_host_memory_changes_nothing': ('latent',),
+          'test_eight_devices_draw_the_same': (),
+          'test_slots_give_the_rows_of_the_fixed_batch': ('full, stale',)}
 ALL = config_lib.Sparse(tls.Config(block=8, top_blocks=8, top_tokens=64), labels=4)
 FEW = config_lib.Sparse(tls.Config(block=8, top_blocks=2, top_tokens=6), labels=4)
 STALE = dataclasses.replace(FEW, kernel=dataclasses.replace(FEW.kernel, stale=True, top_blocks=3,

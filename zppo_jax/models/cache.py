@@ -89,13 +89,17 @@ def _maybe_sparse(make, config: ModelConfig, repeats: int, rows: int, size: int)
   """Keys by `make`, with what a fixed budget of them needs where the config has one."""
   if config.sparse is None:
     return make(config, repeats, rows, size)
+  keys = make(config, repeats, rows, -(-size // config.sparse.kernel.block)
+              * config.sparse.kernel.block)
+  books = sparse_books(config, *keys.key.shape[1:], keys.key.dtype)
+  return Sparse(keys, *jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), books))
+
+
+def sparse_books(config: ModelConfig, rows: int, heads: int, room: int, width: int, dtype):
+  """(state, weight, channels) of a `Sparse` layer that holds nothing, without the axis R."""
   kernel, labels = config.sparse.kernel, config.sparse.labels
-  keys = make(config, repeats, rows, -(-size // kernel.block) * kernel.block)
-  _, _, heads, room, width = keys.key.shape
-  state = tls.empty(rows, heads, room, width, labels, kernel, keys.key.dtype)
-  return Sparse(keys, jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), state),
-                jnp.zeros((repeats, rows, heads, width)),
-                jnp.zeros((repeats, rows, heads, labels), jnp.int32))
+  return (tls.empty(rows, heads, room, width, labels, kernel, dtype),
+          jnp.zeros((rows, heads, width)), jnp.zeros((rows, heads, labels), jnp.int32))
 
 
 def _recurrent(config: ModelConfig, repeats: int, rows: int, size: int) -> Recurrent:

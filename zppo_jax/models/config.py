@@ -143,6 +143,16 @@ class ModelConfig:
     """One entry per stack of equal layers: the order of parameters and caches."""
     return tuple(slot for stage in self.stages for slot in stage.slots)
 
+  @property
+  def rotary_sizes(self) -> tuple[int, ...]:
+    """Numbers of features that rotary positions turn in some layer."""
+    found = set()
+    if {'full', 'sliding'} & set(self.mixers):
+      found.add(self.rope_dim or self.head_dim)
+    if 'mla' in self.mixers and self.mla.pairs != 'none':
+      found.add(self.mla.rope)
+    return tuple(sorted(found))
+
   def place_of(self, layer: int) -> tuple[int, int]:
     """(index in `slots`, index in its stack) of a layer."""
     return next((n, slot.layers.index(layer)) for n, slot in enumerate(self.slots)

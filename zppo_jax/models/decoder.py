@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -95,30 +96,31 @@ def _stage(config: ModelConfig, stage: Stage, blocks, x: Array, place: Place, he
   def body(carry, scanned):
     x, held = carry
     blocks, index, shared = scanned
-    held, seen = list(held), {kind: [] for kind in wanted}
+    after, seen = list(held), {kind: [] for kind in wanted}
     for n, slot in enumerate(stage.slots):
-      x, held[n], states = _layer(config, slot, blocks[n], x, place, held[n], index, shared[n],
-                                  index, edits)
+      x, after[n], states = _layer(config, slot, blocks[n], x, place, held[n], index, shared[n],
+                                   index, edits)
       for kind in wanted:
         seen[kind].append(states[TAP_KINDS.index(kind)])
-    return (x, tuple(held)), seen
+    after = tuple(after)
+    return (x, held if place.keep else after), (seen, after if place.keep else None)
 
   if config.remat != 'none':
     body = jax.checkpoint(body, policy=POLICIES[config.remat])
   index = jnp.arange(stage.repeats)
-  (x, held), seen = jax.lax.scan(body, (x, held), (blocks, index, prefix),
-                                 unroll=min(config.unroll, stage.repeats))
-  return x, held, seen
+  (x, held), (seen, kept) = jax.lax.scan(body, (x, held), (blocks, index, prefix),
+                                         unroll=min(config.unroll, stage.repeats))
+  return x, kept if place.keep else held, seen
 
 
 def _blocks(config: ModelConfig, params: Params, x: Array, place: Place, cache, prefix, taps,
-            edits):
+            edits, split: bool):
   """All layers: (x, caches, {tap: [B, T, D]})."""
   wanted = sorted({parse_tap(config, t)[0] for t in taps})
   none = (None,) * len(params.blocks)
   held = none if cache is None else cache.layers
   shared = none if prefix is None else prefix.layers
-  if cache is not None and cache.split:
+  if split:
     return _one_by_one(config, params, x, place, held, shared, taps, edits)
   out, stacks, at = [], {kind: [] for kind in wanted}, 0
   for stage in config.stages:
@@ -142,14 +144,25 @@ def split_blocks(config: ModelConfig, params: Params) -> Params:
   return dataclasses.replace(params, blocks=cache_lib.unstack(config, params.blocks))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _plain_layer(config: ModelConfig, slot: Slot, block: Block, x: Array, place: Place, cache,
+                 prefix):
+  """`_layer` without edits; traced and lowered once for all layers of a slot."""
+  return _layer(config, slot, block, x, place, cache, None, prefix, None, ())
+
+
 def _one_by_one(config: ModelConfig, params: Params, x: Array, place: Place, held, prefix, taps,
                 edits):
   """`_blocks` over a split cache, layer by layer."""
   out, seen = [], {}
   for layer in range(config.layers):
     n, repeat = config.place_of(layer)
-    x, cache, states = _layer(config, config.slots[n], params.blocks[layer], x, place, held[layer],
-                              None, prefix[layer], repeat, edits)
+    slot, block = config.slots[n], params.blocks[layer]
+    if edits:
+      x, cache, states = _layer(config, slot, block, x, place, held[layer], None, prefix[layer],
+                                repeat, edits)
+    else:
+      x, cache, states = _plain_layer(config, slot, block, x, place, held[layer], prefix[layer])
     out.append(cache)
     seen |= {f'{kind}.{layer}': state for kind, state in zip(TAP_KINDS, states)}
   return x, tuple(out), {name: seen[name] for name in taps}
@@ -158,15 +171,17 @@ def _one_by_one(config: ModelConfig, params: Params, x: Array, place: Place, hel
 def forward(config: ModelConfig, params: Params, tokens: Array, *, positions: Array | None = None,
             segment_ids: Array | None = None, cache: Cache | None = None,
             prefix: Prefix | None = None, taps: Sequence[str] = (),
-            edits: Sequence[Edit] = (),
-            want: Literal['logits', 'hidden'] = 'logits') -> Output:
+            edits: Sequence[Edit] = (), want: Literal['logits', 'hidden'] = 'logits',
+            keep: Literal['nothing', 'stacked', 'split'] = 'nothing',
+            rotary: dict[int, tuple[Array, Array]] | None = None) -> Output:
   """Runs the decoder on tokens i32[B, T].
 
   Without a cache, tokens attend causally inside equal segment ids (0 = padding). With a cache, row
   b is appended after its cache.length[b] tokens; its padding (segment 0) must be a suffix and does
   not lengthen the row. With a prefix, every token also sees the prompt of its group. `taps` names
   states to return ('residual.2', 'mixer.0', 'mlp.1'), `edits` are (name, function) pairs applied
-  there.
+  there. `keep` makes a cache (or a split one, from split blocks) of rows that have none: it is as
+  long as they are. `rotary`: `layers.rotary` of positions 0, 1, ..: loops make it once.
   """
   if segment_ids is None:
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -181,12 +196,16 @@ def forward(config: ModelConfig, params: Params, tokens: Array, *, positions: Ar
   if config.embed_scale != 1.0:
     x = x * jnp.asarray(config.embed_scale, config.dtype)
   x = axes.constrain(x, 'batch', 'length', None)
-  place = Place(positions, segment_ids, start, None if prefix is None else prefix.length)
-  x, held, found = _blocks(config, params, x, place, cache, prefix, taps, edits)
+  angles = (layers.rotary(config, positions) if rotary is None else
+            jax.tree.map(lambda table: jnp.take(table, positions, axis=0, mode='clip'), rotary))
+  place = Place(angles, segment_ids, start, None if prefix is None else prefix.length,
+                keep=keep != 'nothing')
+  split = keep == 'split' if cache is None else cache.split
+  x, held, found = _blocks(config, params, x, place, cache, prefix, taps, edits, split)
   hidden = layers.norm(config, x, params.final_norm)
-  if cache is not None:
+  if cache is not None or place.keep:
     added = (tokens.shape[1] if start.ndim == 0 else
              jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32))
-    cache = Cache(held, start + added, cache.split)
+    cache = Cache(held, start + added, split)
   logits = unembed(config, params, hidden) if want == 'logits' else None
   return Output(logits, hidden, cache, found)

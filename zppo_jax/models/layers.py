@@ -73,17 +73,31 @@ def frequencies(size: int, theta: float, scaling: Rope | None) -> tuple[np.ndarr
   return (plain / s.factor * ramp + plain * (1 - ramp)).astype(np.float32), factor
 
 
-def rope(config: ModelConfig, x: Array, positions: Array, *, size: int = 0,
-         interleaved: bool = False) -> Array:
-  """Rotary positions on the first `size` features (0 = config.rope_dim, or all), x [B, T, H, K].
+def rotary(config: ModelConfig, positions: Array) -> dict[int, tuple[Array, Array]]:
+  """{rotated features: (sin, cos) f32[B, T, 1, features / 2]} at positions i32[B, T], for `rope`.
 
-  Pairs are (j, j + size / 2), or (2j, 2j + 1) written apart when `interleaved`; positions
-  i32[B, T].
+  Made once for all layers. The barrier keeps it so: XLA's CPU fusions would compute the angles
+  again for every head of every layer.
   """
-  size = size or config.rope_dim or x.shape[-1]
-  freqs, factor = frequencies(size, config.rope_theta, config.rope)
-  angle = positions.astype(jnp.float32)[..., None, None] * freqs
-  sin, cos = jnp.sin(angle) * factor, jnp.cos(angle) * factor
+  found = {}
+  for size in config.rotary_sizes:
+    freqs, factor = frequencies(size, config.rope_theta, config.rope)
+    angle = positions.astype(jnp.float32)[..., None, None] * freqs
+    found[size] = jnp.sin(angle) * factor, jnp.cos(angle) * factor
+  return jax.lax.optimization_barrier(found)
+
+
+def rotary_table(config: ModelConfig, size: int) -> dict[int, tuple[Array, Array]]:
+  """`rotary` of the positions below `size`, f32[size, 1, features / 2]."""
+  return jax.tree.map(lambda x: x[0], rotary(config, jnp.arange(size)[None]))
+
+
+def rope(x: Array, sin: Array, cos: Array, *, interleaved: bool = False) -> Array:
+  """Rotary positions on the first features of x [B, T, H, K], as many as the angles turn.
+
+  Pairs are (j, j + size / 2), or (2j, 2j + 1) written apart when `interleaved`.
+  """
+  size = 2 * sin.shape[-1]
   turned = x[..., :size].astype(jnp.float32)
   if interleaved:
     a, b = turned[..., 0::2], turned[..., 1::2]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from zppo_jax.core import masks, rng, types
 from zppo_jax.mesh import axes
 from zppo_jax.models import cache as cache_lib
-from zppo_jax.models import decoder
+from zppo_jax.models import decoder, layers
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
 from zppo_jax.sampling import rules
@@ -139,15 +139,13 @@ def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
 
   The cache is split where its keys are to leave the device: no two layers' need be there at once.
   """
-  rows, size = tokens.shape
-  if config.sparse is not None and config.sparse.pool:
-    blocks, cache = decoder.split_blocks(config, params), cache_lib.split(config, rows, size)
-  else:
-    blocks, cache = params, cache_lib.init(config, rows, size)
+  split = config.sparse is not None and config.sparse.pool > 0
+  blocks = decoder.split_blocks(config, params) if split else params
   # Layers unrolled make a step faster that runs often; this one runs once, and is compiled as well.
   out = decoder.forward(
     dataclasses.replace(config, unroll=1), blocks, tokens,
-    segment_ids=masks.segments_from_lengths(length, size), cache=cache, want='hidden')
+    segment_ids=masks.segments_from_lengths(length, tokens.shape[1]),
+    keep='split' if split else 'stacked', want='hidden')
   last = jnp.take_along_axis(out.hidden, (length - 1)[:, None, None], axis=1)[:, 0]
   return (dataclasses.replace(out.cache, length=length), decoder.unembed(config, params, last))
 
@@ -166,19 +164,18 @@ def _logp(logits: Array, token: Array) -> Array:
   return chosen - jnp.log(jnp.sum(jnp.exp(below), axis=-1))
 
 
-def choose(logits: Array, row_keys: Array, step: Array, settings: Settings, states: tuple):
+def choose(logits: Array, keys: Array, step: Array, settings: Settings, states: tuple):
   """Next token i32[N], its log-prob under the distribution it was drawn from, and log kept mass.
 
   The third is what is missing to the model's own log-prob at that temperature:
   log softmax(z / T)[token] = logp + kept, the log of the mass that filters kept. None where
-  nothing filters. step i32[N].
+  nothing filters. keys [N], step i32[N].
   """
   shaped = rules.apply(settings.chain, states, logits, step)
   if settings.greedy:
     token = _first_max(shaped)
   else:
-    noise = jax.vmap(lambda k, s: jax.random.gumbel(rng.fold(k, s), logits.shape[1:]))(
-      row_keys, step)
+    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:]))(keys)
     token = _first_max(shaped + noise)
   logp = _logp(shaped, token)
   if not settings.filtered:
@@ -199,31 +196,26 @@ def force(drawn, forced: Array, forced_length: Array, step: Array):
     lambda x: jnp.where(inside, 0.0, x), values)
 
 
-def row_keys(key: Array, request: Array, sample: Array) -> Array:
-  """The noise of a row is named by its request and its number in the group."""
-  return jax.vmap(lambda r, s: rng.fold(key, r, s))(request, sample)
-
-
 def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) -> _State:
   group = settings.group_size
   rep = functools.partial(jnp.repeat, repeats=group, axis=0)
   forced, forced_length, valid = map(rep, (prompts.forced, prompts.forced_length, prompts.valid))
   sample = jnp.tile(jnp.arange(group), prompts.length.shape[0])
-  keys = row_keys(key, rep(prompts.request), sample)
   eos = jnp.asarray(settings.eos_ids, jnp.int32)
   width, chain = settings.max_new_tokens, settings.chain
+  keys = rng.fold_each(key, rep(prompts.request)[:, None], sample[:, None], jnp.arange(width))
 
   def body(state: _State) -> _State:
     step = jnp.broadcast_to(state.step, valid.shape)
-    token, logp, kept = force(choose(state.logits, keys, step, settings, state.rules), forced,
-                              forced_length, step)
+    drawn = choose(state.logits, keys[:, state.step], step, settings, state.rules)
+    token, logp, kept = force(drawn, forced, forced_length, step)
     live = ~state.done
     put = lambda old, new: old.at[:, state.step].set(jnp.where(live, new, 0))
     tokens = put(state.tokens, token)
     logps, kept = jax.tree.map(put, (state.logp, state.kept), (logp, kept))
     done = state.done | jnp.any(token[:, None] == eos, axis=1)
     out = decoder.forward(config, blocks, token[:, None], cache=state.cache, prefix=prefix,
-                          want='hidden')
+                          want='hidden', rotary=angles)
     logits = decoder.unembed(config, params, out.hidden[:, 0])
     return _State(out.cache, logits, tokens, logps, kept, done, state.length + live,
                   state.step + 1, rules.update(chain, state.rules, token, step, live))
@@ -238,6 +230,7 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   else:  # which keys are read is chosen among all of a row
     prefix = None
     cache = cache_lib.whole(config, cache, group, prompts.tokens.shape[1] + width)
+  angles = layers.rotary_table(config, prompts.tokens.shape[1] + width)
   given = rules.Given(prompts.tokens, prompts.length, config.vocab, width)
   blank = jnp.zeros((rows, width))
   state = _State(

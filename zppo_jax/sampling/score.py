@@ -47,7 +47,7 @@ def grouped_states(config: ModelConfig, params: Params, rollout: types.Rollout, 
   prompts = decoder.forward(
     config, params, rollout.tokens[::group, :size],
     segment_ids=masks.segments_from_lengths(first - 1, size),
-    cache=cache_lib.init(config, first.shape[0], size), want='hidden')
+    keep='stacked', want='hidden')
   take = lambda x: masks.take_window(x, start - 1, window)
   out = decoder.forward(
     config, params, take(rollout.tokens), segment_ids=take(rollout.segment_ids),

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from zppo_jax.core import masks, types
+from zppo_jax.core import masks, rng, types
 from zppo_jax.mesh import axes
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import decoder
@@ -54,7 +54,7 @@ def empty(config: ModelConfig, key: Array, *, rows: int, size: int, prompt: int,
     logits=jnp.zeros((rows, config.vocab)), tokens=jnp.zeros((rows, width), jnp.int32),
     logp=jnp.zeros((rows, width)),
     kept=jnp.zeros((rows, width)) if settings.filtered else None, length=zeros, limit=zeros,
-    active=zeros > 0, done=zeros > 0, keys=decode.row_keys(key, zeros, zeros),
+    active=zeros > 0, done=zeros > 0, keys=rng.fold_each(key, zeros, zeros),
     forced=jnp.zeros((rows, forced), jnp.int32), forced_length=zeros,
     rules=rules.init(settings.chain, rules.Given(
       jnp.zeros((rows, prompt), jnp.int32), zeros, config.vocab, width)))
@@ -94,7 +94,7 @@ def insert(config: ModelConfig, slots: Slots, key: Array, prefix, target: Array,
     tokens=blank(slots.tokens), logp=blank(slots.logp), kept=jax.tree.map(blank, slots.kept),
     length=put(slots.length, zero), limit=put(slots.limit, zero + slots.tokens.shape[1]),
     active=put(slots.active, zero == 0), done=put(slots.done, zero > 0),
-    keys=put(slots.keys, decode.row_keys(key, request, sample)),
+    keys=put(slots.keys, rng.fold_each(key, request, sample)),
     forced=put(slots.forced, forced), forced_length=put(slots.forced_length, forced_length),
     rules=jax.tree.map(lambda old, new: put(old, new[source]), slots.rules, first))
 
@@ -143,7 +143,7 @@ def start(config: ModelConfig, slots: Slots, key: Array, here: Array, row, *,
   states = rules.init(settings.chain, rules.Given(tokens, length, config.vocab,
                                                   settings.max_new_tokens))
   fresh = dataclasses.replace(fresh, active=length > 0, limit=limit, rules=states,
-                              keys=decode.row_keys(key, request, sample))
+                              keys=rng.fold_each(key, request, sample))
   pick = lambda new, old: jnp.where(here.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
   kept = dict(cache=(), logits=())  # what the rows hold already
   found = jax.tree.map(pick, dataclasses.replace(fresh, **kept), dataclasses.replace(slots, **kept))
@@ -160,8 +160,8 @@ def steps(config: ModelConfig, params: Params, slots: Slots, *, most: int,
   def body(carry):
     s, taken, count = carry
     token, logp, kept = decode.force(
-      decode.choose(s.logits, s.keys, s.length, settings, s.rules), s.forced, s.forced_length,
-      s.length)
+      decode.choose(s.logits, rng.fold_each(s.keys, s.length), s.length, settings, s.rules),
+      s.forced, s.forced_length, s.length)
     here = (column == s.length[:, None]) & s.active[:, None]
     stopped = s.active & jnp.any(token[:, None] == eos, axis=1)
     out = decoder.forward(config, params, token[:, None], cache=s.cache, want='hidden',

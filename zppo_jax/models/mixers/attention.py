@@ -29,14 +29,15 @@ def attention(sliding: bool, config: ModelConfig, params, x: Array, place: Place
   if config.qk_norm:
     query = layers.norm(config, query, params.query_norm)
     key = layers.norm(config, key, params.key_norm)
-  query = layers.rope(config, query, place.positions)
-  key = layers.rope(config, key, place.positions)
+  angles = place.rotary[config.rope_dim or config.head_dim]
+  query, key = layers.rope(query, *angles), layers.rope(key, *angles)
   window = config.window if sliding else 0
+  new = KeyValue(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))  # [B, KV, T, K]
   if cache is None and prefix is None:
     out = attend_rows(config, query, key, value, place, window=window, scale=config.attn_scale,
                       cap=config.attn_cap)
+    cache = cached.keep(config, query, new, place, sliding) if place.keep else None
   else:
-    new = KeyValue(jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))  # [B, KV, T, K]
     out, cache = cached.read(config, query, new, place, cache, layer, prefix, window=window,
                              scale=config.attn_scale, cap=config.attn_cap)
   if config.attn_gate:

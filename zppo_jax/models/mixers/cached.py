@@ -45,6 +45,13 @@ def read(config: ModelConfig, query: Array, new: KeyValue | Latent, place: Place
   return out, cache
 
 
+def keep(config: ModelConfig, query: Array, new: KeyValue | Latent, place: Place,
+         sliding: bool = False) -> KeyValue | Latent | Sparse:
+  """The cache of one layer that holds whole rows, keys [B, KV, T, K]; as long as they are."""
+  new = jax.tree.map(lambda x: axes.constrain(x, *KV_AXES[1:]), new)
+  return new if sliding or config.sparse is None else sparse.keep(config, query, new, place)
+
+
 def values(config: ModelConfig, rows: KeyValue | Latent) -> Array:
   """Values [.., V] of cached keys; those of latent attention are a part of them."""
   return rows.key[..., :config.mla.rank] if isinstance(rows, Latent) else rows.value

@@ -46,9 +46,9 @@ def delta_mixer(kind: str, config: ModelConfig, params, x: Array, place: Place,
   out = layers.rms_norm(out, params.norm, config.norm_eps)
   out = out * _gate(kind, config, params, x)
   y = layers.project_heads(out, params.out)
-  if cache is None:
-    return y, None
   new = Recurrent(state, recent)
+  if cache is None:
+    return y, new if place.keep else None
   if layer is not None:
     new = jax.tree.map(lambda old, own: old.at[layer].set(own), cache, new)
   return y, new

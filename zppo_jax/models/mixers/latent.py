@@ -33,16 +33,17 @@ def latent_attention(config: ModelConfig, params, x: Array, place: Place,
   shared_key = _rope(config, both[..., None, m.rank:], place)
   scale = (m.nope + m.rope) ** -0.5 * (config.rope.scores if config.rope else 1.0)
   scale = config.attn_scale or scale
+  new = Latent(jnp.concatenate([latent[:, None], jnp.swapaxes(shared_key, 1, 2)], axis=-1))
+  absorb = lambda: jnp.concatenate(
+    [jnp.einsum('bthn,rhn->bthr', plain, params.key.astype(x.dtype)), turned], axis=-1)
   if cache is None and prefix is None:
     key, value = layers.project(latent, params.key), layers.project(latent, params.value)
     key = jnp.concatenate(
       [key, jnp.broadcast_to(shared_key, (*key.shape[:3], m.rope))], axis=-1)
     out = attend_rows(config, jnp.concatenate([plain, turned], -1), key, value, place, scale=scale)
-    return layers.project_heads(out, params.out), None
-  absorbed = jnp.einsum('bthn,rhn->bthr', plain, params.key.astype(x.dtype))
-  new = Latent(jnp.concatenate([latent[:, None], jnp.swapaxes(shared_key, 1, 2)], axis=-1))
-  found, cache = cached.read(config, jnp.concatenate([absorbed, turned], -1), new, place, cache,
-                             layer, prefix, scale=scale)
+    cache = cached.keep(config, absorb(), new, place) if place.keep else None
+    return layers.project_heads(out, params.out), cache
+  found, cache = cached.read(config, absorb(), new, place, cache, layer, prefix, scale=scale)
   out = jnp.einsum('bthr,rhv->bthv', found, params.value.astype(x.dtype))
   return layers.project_heads(out, params.out), cache
 
@@ -57,5 +58,5 @@ def _query(config: ModelConfig, params, x: Array) -> Array:
 def _rope(config: ModelConfig, x: Array, place: Place) -> Array:
   if config.mla.pairs == 'none':
     return x
-  return layers.rope(config, x, place.positions, size=config.mla.rope,
+  return layers.rope(x, *place.rotary[config.mla.rope],
                      interleaved=config.mla.pairs == 'interleaved')

@@ -73,6 +73,16 @@ def _values(config: ModelConfig, rows: KeyValue | Latent) -> Array | int:
   return config.mla.rank if isinstance(rows, Latent) else rows.value
 
 
+def keep(config: ModelConfig, query: Array, new: KeyValue | Latent, place: Place) -> Sparse:
+  """The cache of one layer after whole rows of T tokens; its room is a multiple of the block."""
+  rows, heads, size, width = new.key.shape
+  room = -(-size // config.sparse.kernel.block) * config.sparse.kernel.block
+  held = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room - size), (0, 0))), new)
+  state, weight, channels = cache_lib.sparse_books(config, rows, heads, room, width,
+                                                   new.key.dtype)
+  return renew(config, query, new, held, place, Sparse(held, state, weight, channels), held, None)
+
+
 def renew(config: ModelConfig, query: Array, new: KeyValue | Latent, held: KeyValue | Latent,
           place: Place, cache: Sparse, rows, layer) -> Sparse:
   """The cache after tokens that saw all keys: `rows` as stored, `held` this layer's own.
