@@ -105,7 +105,8 @@ def base(preset):
                 samples=1, temperature=1.0 if tiny else 0.6, top_k=0 if tiny else 20,
                 top_p=1.0 if tiny else 0.95, min_p=0.0)
   c.log = dict(every_steps=1, dump_every_steps=10, dump_rows=16, tensorboard=False, progress=True,
-               profile_start=-1, profile_steps=3)
+               profile_start=-1, profile_steps=3,
+               phase_limit_s=0.0 if tiny else 7200.0)  # ends a run that hangs; 0 = never
   c.ckpt = dict(every_steps=10, keep=2, export=True)
   c.launch = dict(compilation_cache='')
   return c

@@ -102,7 +102,8 @@ def loop_settings(config: Any) -> run.LoopSettings:
     checkpoint_every=config.ckpt.every_steps, keep_checkpoints=config.ckpt.keep,
     eval_every=config.eval.every_steps, log_every=log.every_steps,
     dump_every=log.dump_every_steps, dump_rows=log.dump_rows, profile_start=log.profile_start,
-    profile_steps=log.profile_steps, tensorboard=log.tensorboard)
+    profile_steps=log.profile_steps, tensorboard=log.tensorboard,
+    phase_limit_s=log.phase_limit_s)
 
 
 def step_settings(config: Any) -> step.StepSettings:

@@ -37,8 +37,9 @@ RANGES = {  # dotted field -> (low, low is excluded)
   'optim.clip_norm': (0, True), 'train.micro_batches': (1, False), 'train.chunk': (1, False),
   'eval.every_steps': (0, False), 'eval.num_questions': (1, False), 'eval.chunk': (1, False),
   'eval.samples': (1, False), 'eval.temperature': (0, False), 'log.every_steps': (1, False),
-  'log.dump_every_steps': (0, False), 'log.dump_rows': (1, False), 'ckpt.every_steps': (1, False),
-  'ckpt.keep': (1, False), 'data.size': (1, False), 'data.eval_size': (1, False),
+  'log.dump_every_steps': (0, False), 'log.dump_rows': (1, False),
+  'log.phase_limit_s': (0, False), 'ckpt.every_steps': (1, False), 'ckpt.keep': (1, False),
+  'data.size': (1, False), 'data.eval_size': (1, False),
   'data.deadline_secs': (0, True), 'lora.rank': (0, False), 'lora.alpha': (0, True),
 }
 

@@ -30,6 +30,7 @@ from zppo_jax.train.metrics import MetricWriter, PhaseTimer
 from zppo_jax.train.progress import Progress
 from zppo_jax.train.run import Programs, Run, Sampled, compile_programs, initial_state
 from zppo_jax.train.saver import Preemption, Saver
+from zppo_jax.train.watchdog import Watchdog
 
 DEVICE_PHASES = ('time/rollout_policy', 'time/rollout_teacher', 'time/prepare', 'time/update',
                  'time/plan')
@@ -85,11 +86,12 @@ def _fetch(run: Run, rows: list[tuple[int, dict, dict]], writer: MetricWriter) -
 def train(run: Run) -> state.TrainState:
   """Runs to settings.num_steps, from the newest checkpoint in the workdir if there is one.
 
-  Raises UserError on a non-finite gradient, after saving the state before it; SystemExit(42) after
-  a SIGTERM, with the state saved.
+  Raises UserError on a non-finite gradient, after saving the state before it, and on a phase that
+  hangs; SystemExit(42) after a SIGTERM, with the state saved.
   """
   compiles.install()
-  programs, saver, timer = compile_programs(run), Saver(run), PhaseTimer()
+  programs, saver, watch = compile_programs(run), Saver(run), Watchdog(run.settings.phase_limit_s)
+  timer = PhaseTimer(watch=watch)
   begin = saver.latest()
   queue: collections.deque[Sampled] = collections.deque()
   if begin is None:
@@ -100,10 +102,13 @@ def train(run: Run) -> state.TrainState:
                      tensorboard=run.settings.tensorboard, enabled=hosts.is_first()) as writer,
         Progress(run.settings.num_steps, start_step=begin or 0, every=run.settings.log_every,
                  enabled=run.progress and hosts.is_first()) as progress,
-        Preemption() as preemption, jax.set_mesh(run.setup.mesh)):
+        Preemption() as preemption, watch, jax.set_mesh(run.setup.mesh)):
     if begin is None:
-      writer.write_scalars(0, _evaluate(run, programs.policy(train_state.params)))
-      saver.save(0, train_state, queue, force=True)
+      with timer('evaluate'):
+        writer.write_scalars(0, _evaluate(run, programs.policy(train_state.params)))
+      with timer('checkpoint'):
+        saver.save(0, train_state, queue, force=True)
+      timer.take()  # none of it is part of a step
     body = _Body(run, programs, saver, timer, writer, progress)
     try:
       train_state = body.steps(train_state, queue, begin or 0, preemption)
@@ -137,7 +142,8 @@ class _Body:
       done = at + 1
       every = run.settings.eval_every
       if done == last or (every and done % every == 0):
-        host |= _evaluate(run, self.programs.policy(train_state.params))
+        with self.timer('evaluate'):
+          host |= _evaluate(run, self.programs.policy(train_state.params))
         self.timer.take()  # evaluation is not part of any step
       rows.append((done, metrics, host))
       asked = hosts.agree(preemption.asked)  # a signal may reach one process only
@@ -147,11 +153,13 @@ class _Body:
         try:
           _fetch(run, rows, self.writer)
         except UserError:
-          self.saver.save(done, train_state, queue, force=True)
+          with self.timer('checkpoint'):
+            self.saver.save(done, train_state, queue, force=True)
           raise
         self.progress.update(done, self._shown(host, metrics))
       if saves:
-        self.saver.save(done, train_state, queue, force=stop)
+        with self.timer('checkpoint'):  # counted in the next step
+          self.saver.save(done, train_state, queue, force=stop)
       if asked and done < last:
         self.saver.close()
         raise SystemExit(42)

@@ -175,17 +175,19 @@ class PhaseTimer:
   """Seconds per named phase: `with timer('rollout'): ...`, then `timer.take()`.
 
   A phase inside another counts in both. On an accelerator, block on the phase's results inside it.
+  `watch(phase)` is a context manager around each, as `watchdog.Watchdog` is.
   """
 
-  def __init__(self, clock=time.perf_counter):
-    self._clock = clock
+  def __init__(self, clock=time.perf_counter, watch=contextlib.nullcontext):
+    self._clock, self._watch = clock, watch
     self._seconds: dict[str, float] = {}
 
   @contextlib.contextmanager
   def __call__(self, phase: str) -> Iterator[None]:
     start = self._clock()
     try:
-      yield
+      with self._watch(phase):
+        yield
     finally:
       self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 

@@ -31,6 +31,7 @@ class LoopSettings:
   profile_start: int = -1  # first step of the profiler window, -1 = off
   profile_steps: int = 3
   tensorboard: bool = False
+  phase_limit_s: float = 0.0  # longest phase of a step before the run is ended; 0 = any
 
 
 @dataclasses.dataclass(frozen=True)
