@@ -115,6 +115,7 @@ def check(found):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_kernels_compile_without_temporaries():
   check(compile_for('v5e:2x2', time=8192, heads=2))
 

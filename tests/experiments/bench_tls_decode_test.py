@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from experiments import bench_tls_decode as bench
 from experiments.miniatures import tls_stream
@@ -22,6 +23,7 @@ def test_both_sides_are_timed_on_one_model():
   assert row['tokens_per_second'] == rates and row['ratio'] == rates['sparse'] / rates['dense']
 
 
+@pytest.mark.slow
 def test_a_larger_pool_and_more_copies_miss_less():
   stream = tls_stream.Stream(room=2048, steps=12, rho=0.9)
   config = dataclasses.replace(tls_stream.CONFIG, top_blocks=6, top_tokens=128, stale=True)

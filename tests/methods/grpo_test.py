@@ -381,6 +381,7 @@ def test_grpo_learns_addition_mod_23(seed):
   assert 0.1 < before < 0.3 and after > 0.5, (before, after)
 
 
+@pytest.mark.slow
 def test_rollouts_drawn_by_few_keys_are_corrected():
   """The scorer sees all keys: the gap is logged, and the loss knows both log-probs."""
   run = tiny.make_run('grpo', correction='token_tis')

@@ -30,6 +30,10 @@ SWITCHES = {
   'ppo+kl': dict(kl_beta=0.1),
 }
 NAMES = sorted(table.METHODS) + sorted(SWITCHES)
+# A row per kind of program; the others differ in credit and surrogates, whose exact truths
+# have tests of their own, and are left to `-m slow`.
+QUICK = {'distill_off', 'gspo', 'grpo+switches', 'opd', 'ppo+kl', 'remax', 'sft', 'zppo',
+         'zppo_hint'}
 WIDE = dict(data=2, fsdp=2, tensor=2)
 # A split never sees a method, and credit reduces over the batch by few estimators: one row of a
 # kind.
@@ -118,7 +122,8 @@ class Trial:
     return gradients(self.after), own
 
 
-@pytest.fixture(scope='module', params=NAMES)
+@pytest.fixture(scope='module', params=[
+  pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in NAMES])
 def t(request):
   return Trial(request.param)
 

@@ -3,10 +3,14 @@
 import dataclasses
 import importlib
 import json
+import os
+import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from experiments.train import train
 from zppo_jax.core.errors import UserError
@@ -14,7 +18,8 @@ from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.launch import roles, workdir
 from zppo_jax.mesh import place
 from zppo_jax.replay import prompts
-from zppo_jax.train import memory, saver
+from zppo_jax.train import loop, memory, saver
+from zppo_jax.train import run as run_lib
 from zppo_jax.train import setup as setup_lib
 
 SMALL = {'model.hidden': 32, 'model.inter': 64, 'data.eval_size': 16, 'eval.num_questions': 16,
@@ -86,6 +91,42 @@ def test_rollouts_can_be_read(still):
 def test_plots_and_page_are_written(still):
   for name in ('learning.png', 'speed.png', 'report.html', 'config.json', 'command.txt', 'DONE'):
     assert (still / name).stat().st_size > 0 or name == 'DONE', name
+
+
+def stopped(folder, monkeypatch, at: int):
+  """Trains until a SIGTERM that comes while step `at` is saved."""
+  save = saver.Saver.save
+
+  def stop(self, step, *args, **kwargs):
+    save(self, step, *args, **kwargs)
+    if step == at:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+    patch.setattr(saver.Saver, 'save', stop)
+    loop.train(small_run(folder))
+  assert ended.value.code == 42 and workdir.latest_step(str(folder)) == at + 1
+
+
+def small_run(folder):
+  """Four steps with a replay buffer; answers are right by a coin."""
+  run = tiny.make_run('zppo_grpo_buffer')
+  return dataclasses.replace(run, workdir=str(folder), settings=run_lib.LoopSettings(
+    num_steps=4, checkpoint_every=1, dump_every=0))
+
+
+def test_a_run_that_was_stopped_ends_as_the_whole_one(tmp_path, monkeypatch):
+  """Bit for bit. Among the slow tests, `resume_test` kills processes at any moment."""
+  programs = run_lib.compile_programs(small_run(tmp_path))
+  monkeypatch.setattr(loop, 'compile_programs', lambda run: programs)
+  whole = loop.train(small_run(tmp_path / 'whole'))
+  stopped(tmp_path / 'parts', monkeypatch, at=2)
+  parts = loop.train(small_run(tmp_path / 'parts'))
+  jax.tree.map(np.testing.assert_array_equal, parts, whole)
+  assert int(whole.updates) > 0 and whole.method.valid.any()
+  for name in ('metrics.jsonl', 'metrics.csv'):
+    wanted = (tmp_path / 'whole' / name).read_bytes()
+    assert wanted and (tmp_path / 'parts' / name).read_bytes() == wanted, name
 
 
 def test_non_finite_gradient_stops_with_the_step_and_keeps_the_state(tmp_path):

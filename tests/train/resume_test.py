@@ -90,7 +90,8 @@ def zppo(base, name, *extra):
                  '--config.eval.every_steps=5', '--config.ckpt.every_steps=1', *extra)
 
 
-@pytest.mark.parametrize('kills', [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kills', [10])
 def test_kills_at_random_moments_change_nothing(base, kills):
   """The last one is a SIGTERM, which saves first and asks for a restart."""
   run(zppo(base, f'whole_{kills}'))
@@ -117,6 +118,7 @@ def test_kills_at_random_moments_change_nothing(base, kills):
     assert (base / f'whole_{kills}' / file).read_bytes() == (base / name / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_second_run_says_that_it_is_done(base):
   before = (base / 'warm' / 'metrics.jsonl').read_bytes()
   done = run(command('sft.py', base / 'warm', base / 'cache', *WARM))

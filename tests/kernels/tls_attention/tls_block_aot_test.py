@@ -45,6 +45,7 @@ def compiled(cases):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
 def test_kernels_compile_for_tpu():
   """No array of the size of the scores, or of T * M * block keys: only copies of the arguments."""
   sizes = TIME, 2, 1, 128, 128, 1, 256, 7, 'bfloat16'

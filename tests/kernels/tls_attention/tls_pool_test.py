@@ -15,6 +15,8 @@ from tls_decode_test import inputs
 from kernels import tls_attention as tls
 from kernels.tls_attention import pool as pool_lib
 
+COSTLY = {'test_copies_run_beside_the_attention': (),
+          'test_with_copies_enough_a_pool_is_the_whole_cache': ('ahead',)}
 STALE = tls.Config(block=8, top_blocks=6, top_tokens=24, stale=True)
 FRESH = dataclasses.replace(STALE, stale=False)
 ROOM, START = 256, (150, 83)
