@@ -153,37 +153,41 @@ def test_sigterm_saves_and_stale_rollouts_resume_too(base):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run(base):
+@pytest.mark.parametrize('slots', [0, 8])
+def test_two_processes_are_one_run(base, slots):
   """Two processes of two devices against one of four; a SIGTERM to one of them stops both."""
-  mesh = '--config.mesh.fsdp=2', '--config.mesh.data=2', '--config.ckpt.every_steps=100'
-  run(zppo(base, 'alone', *mesh), devices=4)
+  alone, both = (base / f'{name}_{slots}' for name in ('alone', 'both'))
+  mesh = ('--config.mesh.fsdp=2', '--config.mesh.data=2', '--config.ckpt.every_steps=100',
+          f'--config.rollout.slots={slots}')
+  run(zppo(base, alone.name, *mesh), devices=4)
 
   def start():
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
     return [subprocess.Popen(
-      [*zppo(base, 'both', *mesh), f'--coordinator_address=127.0.0.1:{port}', '--num_processes=2',
-       f'--process_id={i}'], cwd=ROOT, env=environment(2), stdout=subprocess.DEVNULL,
+      [*zppo(base, both.name, *mesh), f'--coordinator_address=127.0.0.1:{port}',
+       '--num_processes=2', f'--process_id={i}'], cwd=ROOT, env=environment(2),
+      stdout=subprocess.DEVNULL,
       stderr=open(base / f'both_{i}.txt', 'w', encoding='utf-8')) for i in range(2)]
 
-  pair, seen = start(), base / 'both' / 'metrics.jsonl'
+  pair, seen = start(), both / 'metrics.jsonl'
   while not seen.exists() or len(seen.read_text().splitlines()) < 4:
     assert all(p.poll() is None for p in pair), (base / 'both_0.txt').read_text()
     time.sleep(0.02)
   pair[1].terminate()
-  assert [p.wait() for p in pair] == [42, 42] and 0 < newest(base / 'both') < STEPS
+  assert [p.wait() for p in pair] == [42, 42] and 0 < newest(both) < STEPS
   assert [p.wait() for p in start()] == [0, 0]
-  whole, both = final_state(base / 'alone'), final_state(base / 'both')
-  assert int(whole[0]['updates']) > 0 and (base / 'both' / 'DONE').exists()
-  assert whole[1]['stream'] == both[1]['stream']
+  whole, found = final_state(alone), final_state(both)
+  assert int(whole[0]['updates']) > 0 and (both / 'DONE').exists()
+  assert whole[1]['stream'] == found[1]['stream']
 
   def close(a, b):  # processes add in another order than threads
     np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max(initial=0))
 
-  jax.tree.map(close, whole[0], both[0])
-  rows = [[json.loads(x) for x in (base / name / 'metrics.jsonl').read_text().splitlines()]
-          for name in ('alone', 'both')]
+  jax.tree.map(close, whole[0], found[0])
+  rows = [[json.loads(x) for x in (folder / 'metrics.jsonl').read_text().splitlines()]
+          for folder in (alone, both)]
   assert len(rows[0]) == len(rows[1]) == STEPS + 1
   for a, b in zip(*rows):
     assert a.keys() == b.keys()

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from zppo_jax.core import types
-from zppo_jax.core.errors import UserError
-from zppo_jax.mesh import hosts
+from zppo_jax.mesh import axes, hosts
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
 from zppo_jax.sampling import decode
@@ -57,11 +57,15 @@ def _check(engine: Engine) -> None:
   for name in ('slots', 'steps', 'prefill'):
     if getattr(engine, name) < 1:
       raise ValueError(f'engine.{name} must be at least 1, got {getattr(engine, name)}')
-  if jax.process_count() > 1:
-    raise UserError(f'slots: one process is needed so far, the run has {jax.process_count()}')
 
 
-_assemble = jax.jit(decode.assemble, static_argnames='settings')
+@functools.partial(jax.jit, static_argnames='settings')
+def _assemble(prompts: decode.Prompts, drawn: decode.Responses, settings: decode.Settings,
+              version) -> types.Rollout:
+  """`decode.assemble` of host copies, its rows cut over the mesh."""
+  given = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)),
+                       (prompts, drawn))
+  return decode.assemble(*given, settings, version)
 
 
 class _Queue:
