@@ -24,6 +24,9 @@ from zppo_jax.train import setup as setup_lib
 
 SMALL = {'model.hidden': 32, 'model.inter': 64, 'data.eval_size': 16, 'eval.num_questions': 16,
          'eval.chunk': 16, 'log.progress': False, 'mesh.fsdp': 1, 'mesh.data': -1}
+STILL = dict(method__name='zppo_ncq', method__num_new=8, method__group_size=4,
+             method__buffer_capacity=16, num_steps=20, optim__learning_rate=0.0,
+             rollout__max_new_tokens=8, mesh__tensor=2)
 
 
 def config(name, **changes):
@@ -41,8 +44,7 @@ def rows(folder, name='metrics.jsonl'):
 def still(tmp_path_factory):
   """Twenty steps at learning rate 0 over 8 devices, with buffer and second phase."""
   folder = tmp_path_factory.mktemp('still')
-  train(config('zppo', method__name='zppo_ncq', method__num_new=8, method__buffer_capacity=16,
-               num_steps=20, optim__learning_rate=0.0, rollout__max_new_tokens=8), str(folder))
+  train(config('zppo', **STILL), str(folder))
   return folder
 
 
@@ -143,8 +145,7 @@ def test_prompt_longer_than_the_bucket_is_named(tmp_path):
 
 def test_workdir_of_another_config_shows_the_difference(still):
   with pytest.raises(UserError, match='seed'):
-    train(config('zppo', method__name='zppo_ncq', method__num_new=8, method__buffer_capacity=16,
-                 num_steps=20, optim__learning_rate=0.0, seed=7), str(still))
+    train(config('zppo', **STILL, seed=7), str(still))
 
 
 def test_a_restored_buffer_of_other_questions_is_refused():
