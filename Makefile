@@ -6,11 +6,12 @@ WORKDIR ?= runs/quickstart
 
 .PHONY: quickstart test lint clean
 
-# Everything that a bare machine needs; remade when the requirements change.
+# Everything that a bare machine needs; remade when the requirements change. Most modules of the
+# dependencies are never imported: their bytecode is left to the first import.
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -e '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile -e '.[test]'
 	touch $@
 
 # The main job: warm starts, ZPPO beside GRPO+buffer, a table, plots and a page.
