@@ -59,6 +59,12 @@ def test_rows_keep_what_an_empty_cache_would_hold(name):
     np.testing.assert_allclose(held(split.cache)[leaf], x, atol=1e-5, err_msg=leaf)
 
 
+def test_only_whole_rows_are_kept():
+  config = MODELS['full']
+  with pytest.raises(ValueError, match="keep: 'stacked' is for whole rows"):
+    FORWARD(config, weights('full'), **rows(), keep='stacked', cache=cache_lib.init(config, 3, 30))
+
+
 def test_a_table_of_angles_changes_nothing():
   config, params = MODELS['full'], weights('full')
   table = layers.rotary_table(config, 40)

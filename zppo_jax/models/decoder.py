@@ -180,9 +180,13 @@ def forward(config: ModelConfig, params: Params, tokens: Array, *, positions: Ar
   b is appended after its cache.length[b] tokens; its padding (segment 0) must be a suffix and does
   not lengthen the row. With a prefix, every token also sees the prompt of its group. `taps` names
   states to return ('residual.2', 'mixer.0', 'mlp.1'), `edits` are (name, function) pairs applied
-  there. `keep` makes a cache (or a split one, from split blocks) of rows that have none: it is as
-  long as they are. `rotary`: `layers.rotary` of positions 0, 1, ..: loops make it once.
+  there. `keep` makes a cache, or from split blocks a split one, of whole rows: it is as long as
+  they are. `rotary`: `layers.rotary_table` of all positions, which a loop makes once.
+
+  Raises ValueError where `keep` goes with a cache or a prefix.
   """
+  if keep != 'nothing' and (cache is not None or prefix is not None):
+    raise ValueError(f'keep: {keep!r} is for whole rows, without a cache and a prefix')
   if segment_ids is None:
     segment_ids = jnp.ones(tokens.shape, jnp.int32)
   start = jnp.zeros(tokens.shape[0], jnp.int32) if cache is None else cache.length

@@ -74,7 +74,7 @@ def frequencies(size: int, theta: float, scaling: Rope | None) -> tuple[np.ndarr
 
 
 def rotary(config: ModelConfig, positions: Array) -> dict[int, tuple[Array, Array]]:
-  """{rotated features: (sin, cos) f32[B, T, 1, features / 2]} at positions i32[B, T], for `rope`.
+  """{rotated features: (sin, cos) f32[B, T, features / 2]} at positions i32[B, T], for `rope`.
 
   Made once for all layers. The barrier keeps it so: XLA's CPU fusions would compute the angles
   again for every head of every layer.
@@ -82,22 +82,22 @@ def rotary(config: ModelConfig, positions: Array) -> dict[int, tuple[Array, Arra
   found = {}
   for size in config.rotary_sizes:
     freqs, factor = frequencies(size, config.rope_theta, config.rope)
-    angle = positions.astype(jnp.float32)[..., None, None] * freqs
+    angle = positions.astype(jnp.float32)[..., None] * freqs
     found[size] = jnp.sin(angle) * factor, jnp.cos(angle) * factor
   return jax.lax.optimization_barrier(found)
 
 
 def rotary_table(config: ModelConfig, size: int) -> dict[int, tuple[Array, Array]]:
-  """`rotary` of the positions below `size`, f32[size, 1, features / 2]."""
+  """`rotary` of the positions below `size`, f32[size, features / 2]."""
   return jax.tree.map(lambda x: x[0], rotary(config, jnp.arange(size)[None]))
 
 
 def rope(x: Array, sin: Array, cos: Array, *, interleaved: bool = False) -> Array:
-  """Rotary positions on the first features of x [B, T, H, K], as many as the angles turn.
+  """Rotary positions on the first features of x [B, T, H, K], as many as the angles [B, T, .] turn.
 
   Pairs are (j, j + size / 2), or (2j, 2j + 1) written apart when `interleaved`.
   """
-  size = 2 * sin.shape[-1]
+  sin, cos, size = sin[:, :, None], cos[:, :, None], 2 * sin.shape[-1]
   turned = x[..., :size].astype(jnp.float32)
   if interleaved:
     a, b = turned[..., 0::2], turned[..., 1::2]

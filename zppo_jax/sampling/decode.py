@@ -203,11 +203,11 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   sample = jnp.tile(jnp.arange(group), prompts.length.shape[0])
   eos = jnp.asarray(settings.eos_ids, jnp.int32)
   width, chain = settings.max_new_tokens, settings.chain
-  keys = rng.fold_each(key, rep(prompts.request)[:, None], sample[:, None], jnp.arange(width))
+  keys = rng.fold_each(key, rep(prompts.request), sample)
 
   def body(state: _State) -> _State:
     step = jnp.broadcast_to(state.step, valid.shape)
-    drawn = choose(state.logits, keys[:, state.step], step, settings, state.rules)
+    drawn = choose(state.logits, rng.fold_each(keys, step), step, settings, state.rules)
     token, logp, kept = force(drawn, forced, forced_length, step)
     live = ~state.done
     put = lambda old, new: old.at[:, state.step].set(jnp.where(live, new, 0))
