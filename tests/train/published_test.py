@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -72,6 +73,21 @@ def test_the_tokenizer_and_template_come_along(published):
   assert roles.own_tokenizer(str(published)) == str(published)
   assert template.format([], True, '', '') == '<|im_start|>assistant\n'
   assert not roles.is_published('') and not roles.is_published(str(published.parent))
+
+
+@pytest.mark.parametrize('name, text, wanted', [
+  ('tokenizer_config.json', '{}', None),
+  ('chat_template.jinja', '{% if %}', 'init.checkpoint: .*does not compile')])
+def test_a_missing_template_is_none_and_a_bad_one_is_named(tmp_path, published, name, text, wanted):
+  folder = tmp_path / 'copy'
+  shutil.copytree(published, folder)
+  (folder / 'chat_template.jinja').unlink()
+  (folder / name).write_text(text, encoding='utf-8')
+  if wanted is None:
+    assert roles.own_template(str(folder)) is None
+    return
+  with pytest.raises(UserError, match=wanted):
+    roles.own_template(str(folder))
 
 
 def test_adapters_of_a_run_are_merged_on_their_base(published, tmp_path):

@@ -19,6 +19,10 @@ class TemplateError(ValueError):
   """A template that is invalid, raises, breaks out of the sandbox or exceeds a limit."""
 
 
+class MissingTemplateError(TemplateError):
+  """A tokenizer that came without a template."""
+
+
 class _Stop(BaseException):
   """Ends a rendering thread; not an Exception, so that no template code path swallows it."""
 
@@ -130,7 +134,8 @@ def jinja_template(
 def load_template(path: str | pathlib.Path, **kwargs) -> templates.Template:
   """A Template from chat_template.jinja, tokenizer_config.json, or a folder that holds either.
 
-  Errors: FileNotFoundError with the expected layout, TemplateError if the config has none.
+  Errors: FileNotFoundError with the expected layout, MissingTemplateError if the config has none,
+  TemplateError if it does not compile.
   """
   path = pathlib.Path(path)
   found = [path] if path.is_file() else []
@@ -141,11 +146,11 @@ def load_template(path: str | pathlib.Path, **kwargs) -> templates.Template:
     raise FileNotFoundError(
       f'{path}: expected chat_template.jinja or tokenizer_config.json with "chat_template"'
     )
-  source = found[0].read_text()
+  source = found[0].read_text(encoding='utf-8')
   if found[0].suffix == '.json':
     source = json.loads(source).get('chat_template')
   if isinstance(source, list):  # several named templates
     source = {entry['name']: entry['template'] for entry in source}.get('default')
   if not source:
-    raise TemplateError(f'{found[0]} has no "chat_template" (or none named "default")')
+    raise MissingTemplateError(f'{found[0]} has no "chat_template" (or none named "default")')
   return jinja_template(source, str(found[0]), **kwargs)

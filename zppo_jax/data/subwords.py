@@ -181,9 +181,9 @@ class HFTokenizer:
     if not path.exists():
       raise FileNotFoundError(f'{path}: expected tokenizer.json, with tokenizer_config.json beside')
     beside = path.parent / 'tokenizer_config.json'
-    config = json.loads(beside.read_text()) if beside.exists() else {}
+    config = json.loads(beside.read_text(encoding='utf-8')) if beside.exists() else {}
     names = {r: _token_text(config.get(f'{r}_token')) for r in ('pad', 'bos', 'eos')}
-    definition = path.read_text()
+    definition = path.read_text(encoding='utf-8')
     added = [t['content'] for t in json.loads(definition).get('added_tokens', ())]
     for role, usual in _USUAL_NAMES.items():
       names[role] = names[role] or next((t for t in usual if t in added), None)

@@ -198,7 +198,7 @@ def save(tokenizer: Tokenizer, path: str | pathlib.Path) -> None:
 
 def load(path: str | pathlib.Path) -> Tokenizer:
   """Reads what `save` wrote, equal in every id."""
-  return from_json(json.loads(pathlib.Path(path).read_text()))
+  return from_json(json.loads(pathlib.Path(path).read_text(encoding='utf-8')))
 
 
 def from_json(state: dict[str, Any]) -> Tokenizer:

@@ -50,13 +50,15 @@ def own_tokenizer(folder: str) -> str:
 
 
 def own_template(folder: str):
-  """Chat template that came with a published checkpoint, or None."""
+  """Chat template that came with a published checkpoint, or None. Raises UserError on a bad one."""
   if not is_published(folder):
     return None
   try:
     return jinja_templates.load_template(folder)
-  except (FileNotFoundError, jinja_templates.TemplateError):
+  except (FileNotFoundError, jinja_templates.MissingTemplateError):
     return None
+  except jinja_templates.TemplateError as error:
+    raise UserError(f'init.checkpoint: {folder}: {error}') from error
 
 
 def _kernels(section: Any) -> dict[str, str | None]:
