@@ -57,6 +57,26 @@ def test_slots_give_the_rows_of_the_fixed_batch(name, how):
   assert_same(found, wanted)
 
 
+def test_a_refilled_slot_chooses_as_a_fresh_row():
+  """Nine blocks and more, of which five are read: what rows before left behind would be felt."""
+  how = config_lib.Sparse(tls.Config(block=8, top_blocks=5, top_tokens=16), labels=4)
+  config, draws = sparse('full', how), np.random.default_rng(0)
+  length = np.asarray([64, 51, 38, 60, 45, 33], np.int32)
+  rows = np.arange(6, dtype=np.int32)
+  tokens = np.where(np.arange(64) < length[:, None], draws.integers(3, 21, (6, 64)), 0)
+  batch = decode.Prompts(
+    tokens=tokens.astype(np.int32), length=length, forced=np.zeros((6, 0), np.int32),
+    forced_length=0 * rows, request=rows.astype(np.uint32), group_id=rows, kind=0 * rows,
+    question_id=rows, valid=rows >= 0)
+  options = dict(key=jax.random.key(0), version=3, settings=settings(
+    max_new_tokens=24, group_size=1, eos_ids=(22,)))
+  wanted = decode.generate(config, weights('full'), batch, **options)
+  found, stats = engine.run(config, weights('full'), batch, **options,
+                            engine=engine.Engine(slots=2, steps=8, prefill=2))
+  assert_same(found, wanted)
+  assert stats.decode_steps >= 3 * 24
+
+
 def test_few_keys_are_felt_and_the_scorer_says_by_how_much():
   """Otherwise nothing above would show that keys were left out."""
   found = draw(sparse('full', FEW), 'full')
