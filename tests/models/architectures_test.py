@@ -283,6 +283,7 @@ def test_meshes_give_the_same_loss_and_gradients(name, shape):
   mesh = place.make_mesh(shape, jax.devices()[:count])
   shardings = params_lib.shardings(params_lib.abstract(config), mesh)
   rows = np.concatenate([tokens] * 2)
+  config = dataclasses.replace(config, query_chunk=8)  # of all chips that hold parts of a row
   with jax.set_mesh(mesh):
     loss, found = jax.jit(jax.value_and_grad(functools.partial(loss_of, config)))(
       jax.device_put(params, shardings), jax.device_put(rows, place.batch_sharding(mesh)))

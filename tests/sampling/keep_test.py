@@ -9,8 +9,10 @@ from engine_test import MODELS, weights
 from sparse_test import STALE
 
 from zppo_jax.core import masks, trees
+from zppo_jax.mesh import place
 from zppo_jax.models import cache as cache_lib
 from zppo_jax.models import decoder, layers
+from zppo_jax.models import params as params_lib
 
 FORWARD = jax.jit(decoder.forward, static_argnums=0, static_argnames=('keep', 'want'))
 LENGTHS = np.asarray([21, 17, 9])
@@ -19,9 +21,9 @@ CASES = MODELS | {f'{name}, sparse': dataclasses.replace(MODELS[name], sparse=ST
                   for name in ('full', 'latent')}
 
 
-def rows():
-  tokens = np.random.default_rng(0).integers(3, 21, (3, SIZE))
-  return dict(tokens=tokens, segment_ids=masks.segments_from_lengths(LENGTHS, SIZE),
+def rows(size=SIZE):
+  tokens = np.random.default_rng(0).integers(3, 21, (3, size))
+  return dict(tokens=tokens, segment_ids=masks.segments_from_lengths(LENGTHS, size),
               want='hidden')
 
 
@@ -57,6 +59,23 @@ def test_rows_keep_what_an_empty_cache_would_hold(name):
   wanted = cache_lib.Cache(cache_lib.unstack(config, kept.cache.layers), kept.cache.length, True)
   for leaf, x in held(wanted).items():
     np.testing.assert_allclose(held(split.cache)[leaf], x, atol=1e-5, err_msg=leaf)
+
+
+@pytest.mark.parametrize('name', ['full', 'hybrid'])
+def test_rows_cut_over_chips_keep_the_same(name):
+  """Columns of a row on two chips, in chunks of four queries on each."""
+  config, params = dataclasses.replace(MODELS[name], query_chunk=8), weights(name)
+  given = rows(24)
+  wanted = FORWARD(config, params, **given, keep='stacked')
+  mesh = place.make_mesh(dict(context=2, tensor=2), jax.devices()[:4])
+  shardings = params_lib.shardings(params_lib.abstract(config), mesh)
+  with jax.set_mesh(mesh):
+    found = FORWARD(config, jax.device_put(params, shardings), **given, keep='stacked')
+  real = given['segment_ids'] > 0
+  np.testing.assert_allclose(found.hidden[real], wanted.hidden[real], atol=1e-5)
+  leaves = held(wanted.cache)
+  for leaf, x in held(found.cache).items():
+    np.testing.assert_allclose(x, leaves[leaf], atol=1e-5, err_msg=leaf)
 
 
 def test_only_whole_rows_are_kept():

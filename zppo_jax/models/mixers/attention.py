@@ -63,8 +63,8 @@ def attend_rows(config: ModelConfig, query: Array, key: Array, value: Array, pla
                            for a in (key, value, ids))
     first = lax.axis_index('context') * query.shape[1]
     return attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2),
-                  causal_masks(ids, window, all_ids, first), query_chunk=config.query_chunk,
-                  scale=scale, cap=cap),
+                  causal_masks(ids, window, all_ids, first), scale=scale, cap=cap,
+                  query_chunk=max(1, config.query_chunk // parts)),  # of the chips together
 
   heads = 'batch', 'length', 'kv_heads', None
   key, value = (_divisible(a, query.shape[2]) for a in (key, value))
