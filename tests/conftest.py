@@ -25,9 +25,9 @@ for _name, _value in _FLAGS.items():
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_name}={_value}'.strip()
 
 # In this order, a whole module on one worker, so that its fixtures and programs are made once.
-_LONG = ('shared_test.py', 'resume_test.py', 'golden_test.py', 'sparse_test.py', 'aot_test.py',
-         'architectures_test.py', 'quickstart_test.py', 'loop_test.py', 'accuracy_test.py',
-         'grpo_test.py', 'zppo_test.py', 'published_test.py', 'zppo_miniature_test.py')
+_LONG = ('shared_test.py', 'loop_test.py', 'golden_test.py', 'quickstart_test.py', 'sparse_test.py',
+         'accuracy_test.py', 'zppo_test.py', 'zppo_miniature_test.py', 'published_test.py',
+         'grpo_test.py', 'engine_test.py', 'architectures_test.py')
 # Small programs, whose compiling is the cost of their tests.
 _QUICK_FOLDERS = {'agents', 'evals', 'experiments', 'kernels', 'methods', 'models', 'ops', 'replay',
                   'sampling', 'train'}
