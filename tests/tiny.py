@@ -11,7 +11,7 @@ import zlib
 import jax
 import numpy as np
 
-from zppo_jax.core import rng
+from zppo_jax.core import rng, trees
 from zppo_jax.data import batches
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.data.tasks import sources
@@ -174,3 +174,20 @@ def take_step(run: run_lib.Run, programs: run_lib.Programs, train_state, at: int
   after = dataclasses.replace(after, method=programs.absorb(after.method, item.rollouts))
   metrics = metrics | programs.summary(after.method)
   return Step(at, before, item, copy(parts), after, copy(metrics))
+
+
+def gradients(train_state: state.TrainState) -> dict[str, np.ndarray]:
+  """First moments of every parameter: gradients, where parameters would hide them in rounding."""
+  leaves = trees.named_leaves(train_state.opt_state)
+  return {k: v for k, v in leaves.items() if '.mu.' in k}
+
+
+def assert_close(found, wanted, tolerance: float):
+  """Moments within tolerance of the norm of all of them, metrics within tolerance."""
+  size = sum((x**2).sum() for x in wanted[0].values()) ** 0.5
+  assert size > 0 and found[0].keys() == wanted[0].keys()
+  for key, value in wanted[0].items():
+    np.testing.assert_allclose(found[0][key], value, rtol=0, atol=tolerance * size, err_msg=key)
+  assert found[1].keys() == wanted[1].keys()
+  for key, value in wanted[1].items():
+    np.testing.assert_allclose(found[1][key], value, rtol=tolerance, atol=tolerance, err_msg=key)

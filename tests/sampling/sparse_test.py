@@ -20,7 +20,6 @@ from zppo_jax.sampling import conversations, decode, engine, score
 
 COSTLY = {'test_a_budget_of_all_keys_is_dense': ('full', 'latent'),
           'test_a_pool_before_host_memory_changes_nothing': ('latent',),
-          'test_eight_devices_draw_the_same': (),
           'test_slots_give_the_rows_of_the_fixed_batch': ('full, stale',)}
 ALL = config_lib.Sparse(tls.Config(block=8, top_blocks=8, top_tokens=64), labels=4)
 FEW = config_lib.Sparse(tls.Config(block=8, top_blocks=2, top_tokens=6), labels=4)
@@ -149,6 +148,7 @@ def test_slots_and_chunks_of_conversations_change_nothing():
       np.testing.assert_allclose(logp, other_logp, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape, how', [
   (dict(data=4, tensor=2), STALE), (dict(fsdp=2, tensor=4), POOLED)], ids=['resident', 'pool'])
 def test_eight_devices_draw_the_same(shape, how):

@@ -35,6 +35,13 @@ def select(flag, on_true, on_false):
   return jax.tree.map(lambda a, b: jnp.where(flag, a, b), on_true, on_false)
 
 
+def differences(wanted: dict[str, object], found: dict[str, object]) -> list[tuple]:
+  """(path, wanted, found) of named leaves that differ in (shape, dtype); None: no such leaf."""
+  facts = lambda x: None if x is None else (tuple(x.shape), str(np.dtype(x.dtype)))
+  rows = [(k, facts(wanted.get(k)), facts(found.get(k))) for k in sorted(wanted.keys() | found)]
+  return [row for row in rows if row[1] != row[2]]
+
+
 def num_bytes(tree) -> int:
   """Bytes of all leaves, by shape and dtype (abstract leaves count too)."""
   return sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -49,8 +49,11 @@ def own_tokenizer(folder: str) -> str:
   return folder if found else ''
 
 
-def own_template(folder: str):
-  """Chat template that came with a published checkpoint, or None. Raises UserError on a bad one."""
+def own_template(folder: str, field: str = 'init.checkpoint'):
+  """Chat template that came with a published checkpoint, or None.
+
+  Raises UserError on a bad one, naming the config field that gave the folder.
+  """
   if not is_published(folder):
     return None
   try:
@@ -58,7 +61,7 @@ def own_template(folder: str):
   except (FileNotFoundError, jinja_templates.MissingTemplateError):
     return None
   except jinja_templates.TemplateError as error:
-    raise UserError(f'init.checkpoint: {folder}: {error}') from error
+    raise UserError(f'{field}: {folder}: {error}') from error
 
 
 def _kernels(section: Any) -> dict[str, str | None]:
@@ -205,7 +208,7 @@ def load_teacher(section: Any, folder: str, questions: Questions, mesh):
   if known == questions.tokenizer.fingerprint:
     return (model, params), None
   own = own or tokenizer_lib.load(os.path.join(folder, 'tokenizer.json'))
-  template = own_template(folder) or questions.template
+  template = own_template(folder, 'teacher.checkpoint') or questions.template
   return (model, params), dataclasses.replace(questions, tokenizer=own, template=template)
 
 

@@ -55,6 +55,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, fit(axes, x.shape, mesh))
 
 
+def constrain_rows(tree):
+  """`constrain` of every array of a tree whose first axis counts rows."""
+  return jax.tree.map(lambda x: constrain(x, 'batch', *(None,) * (x.ndim - 1)), tree)
+
+
 def shards(name: str, size: int) -> int:
   """Parts that a dim of this name and size is cut into under the mesh in use."""
   mesh = jax.sharding.get_abstract_mesh()

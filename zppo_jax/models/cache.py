@@ -89,10 +89,15 @@ def _maybe_sparse(make, config: ModelConfig, repeats: int, rows: int, size: int)
   """Keys by `make`, with what a fixed budget of them needs where the config has one."""
   if config.sparse is None:
     return make(config, repeats, rows, size)
-  keys = make(config, repeats, rows, -(-size // config.sparse.kernel.block)
-              * config.sparse.kernel.block)
+  keys = make(config, repeats, rows, sparse_room(config, size))
   books = sparse_books(config, *keys.key.shape[1:], keys.key.dtype)
   return Sparse(keys, *jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), books))
+
+
+def sparse_room(config: ModelConfig, size: int) -> int:
+  """Columns that hold `size` tokens: a multiple of the block."""
+  block = config.sparse.kernel.block
+  return -(-size // block) * block
 
 
 def sparse_books(config: ModelConfig, rows: int, heads: int, room: int, width: int, dtype):
@@ -157,7 +162,7 @@ def whole(config: ModelConfig, prompts: Cache, group: int, size: int) -> Cache:
 
 def offload(config: ModelConfig, layer):
   """A layer of a split cache with its keys in host memory, where the config has a pool for them."""
-  if not isinstance(layer, Sparse) or not config.sparse.pool:
+  if not isinstance(layer, Sparse) or not config.pooled:
     return layer
   given, tree = jax.tree.flatten((layer.rows, layer.state))
 
@@ -181,7 +186,7 @@ def enter(config: ModelConfig, layer, prompts, target: jax.Array, source: jax.Ar
     first = tuple(slice(0, n) for n in new.shape[1:])
     return old.at[(target, *first)].set(new[source], mode='drop')
 
-  if not isinstance(layer, Sparse) or not config.sparse.pool:
+  if not isinstance(layer, Sparse) or not config.pooled:
     return jax.tree.map(put, layer, prompts)
   keys = jax.tree.map(lambda x: x[source], (prompts.rows, prompts.state.chosen))
   keys, tree = jax.tree.flatten(keys)

@@ -144,6 +144,11 @@ class ModelConfig:
     return tuple(slot for stage in self.stages for slot in stage.slots)
 
   @property
+  def pooled(self) -> bool:
+    """Whether keys of drawn tokens lie in host memory, behind a pool."""
+    return self.sparse is not None and self.sparse.pool > 0
+
+  @property
   def rotary_sizes(self) -> tuple[int, ...]:
     """Numbers of features that rotary positions turn in some layer."""
     found = set()

@@ -36,14 +36,10 @@ def save(manager: ocp.CheckpointManager, step: int, *, state: Any, pending: Any,
     meta=ocp.args.JsonSave(meta)))
 
 
-def _differences(wanted, found: dict[str, Any]) -> list[str]:
-  facts = lambda leaves: {k: (tuple(v.shape), str(np.dtype(v.dtype))) for k, v in leaves.items()}
-  want, have = facts(trees.named_leaves(wanted)), facts(found)
-  lines = [f'{k}: only in the checkpoint' for k in sorted(set(have) - set(want))]
-  lines += [f'{k}: not in the checkpoint' for k in sorted(set(want) - set(have))]
-  lines += [f'{k}: checkpoint has {have[k]}, this run {want[k]}'
-            for k in sorted(set(want) & set(have)) if have[k] != want[k]]
-  return lines
+def _line(path: str, want, have) -> str:
+  if want is None or have is None:
+    return f'{path}: ' + ('only in' if want is None else 'not in') + ' the checkpoint'
+  return f'{path}: checkpoint has {have}, this run {want}'
 
 
 def _tree(metadata):
@@ -51,9 +47,10 @@ def _tree(metadata):
 
 
 def _check_same(step: int, wanted, saved) -> None:
-  lines = _differences(wanted, trees.named_leaves(saved, is_leaf=lambda x: hasattr(x, 'shape')))
-  if lines:
-    shown = '\n  '.join(lines[:20])
+  found = trees.differences(trees.named_leaves(wanted), trees.named_leaves(
+    saved, is_leaf=lambda x: hasattr(x, 'shape')))
+  if found:
+    shown = '\n  '.join(_line(*row) for row in found[:20])
     raise UserError(f'checkpoint {step} does not fit this run:\n  {shown}')
 
 

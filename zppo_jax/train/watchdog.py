@@ -30,7 +30,7 @@ class Watchdog:
     self._limit, self._grace, self._kill = limit_s, grace_s, kill
     self._phases: list[tuple[str, float]] = []  # (name, when it is over), outer ones first
     self._change = threading.Condition()
-    self._open = self._watched = False
+    self._open = False  # whether a thread watches
     self._overdue: tuple[str, float] | None = None  # the phase that a signal is under way for
     self._old = None
 
@@ -38,15 +38,15 @@ class Watchdog:
     main = threading.current_thread() is threading.main_thread()
     if self._limit and main:
       self._old = signals.signal(signals.SIGALRM, self._interrupt)
-      self._open = self._watched = True
+      self._open = True
       threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
     return self
 
   def __exit__(self, *_) -> None:
     with self._change:
-      self._open = False
+      watched, self._open = self._open, False
       self._change.notify()
-    if self._watched:
+    if watched:
       signals.signal(signals.SIGALRM, self._old)
 
   @contextlib.contextmanager

@@ -74,9 +74,9 @@ def _values(config: ModelConfig, rows: KeyValue | Latent) -> Array | int:
 
 
 def keep(config: ModelConfig, query: Array, new: KeyValue | Latent, place: Place) -> Sparse:
-  """The cache of one layer after whole rows of T tokens; its room is a multiple of the block."""
+  """The cache of one layer after whole rows of T tokens, with the room that they need."""
   rows, heads, size, width = new.key.shape
-  room = -(-size // config.sparse.kernel.block) * config.sparse.kernel.block
+  room = cache_lib.sparse_room(config, size)
   held = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room - size), (0, 0))), new)
   state, weight, channels = cache_lib.sparse_books(config, rows, heads, room, width,
                                                    new.key.dtype)
