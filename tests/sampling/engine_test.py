@@ -10,6 +10,7 @@ from decode_test import CONFIG, GROUP, prompts, settings
 from zppo_jax import models
 from zppo_jax.core import trees, types
 from zppo_jax.mesh import place
+from zppo_jax.models import cache, decoder
 from zppo_jax.models import params as params_lib
 from zppo_jax.models.config import Mla
 from zppo_jax.sampling import decode, engine, slots, stops
@@ -148,3 +149,69 @@ def test_stop_strings_across_borders_and_far_apart():
   for bad in ([], ['a', '']):
     with pytest.raises(ValueError, match='not empty'):
       stops.stop_strings(bad, str)
+
+
+def decoded_by_hand(config, versions, prompt, response, used):
+  """Log-probs of a response, token by token; used[i]: the weights that made the logits of token i.
+
+  A cache column keeps what the weights wrote that were in use when its token was read.
+  """
+  tokens, length = prompt[None], np.asarray([len(prompt)], np.int32)
+  held, logits = decode.prefill(config, versions[used[0]], tokens, length)
+  room = cache.whole(config, held, 1, len(prompt) + len(response))
+  found = []
+  for at, token in enumerate(response):
+    found.append(jax.nn.log_softmax(logits[0])[token])
+    if at + 1 < len(response):
+      params = decoder.split_blocks(config, versions[used[at + 1]])
+      out = decoder.forward(config, params, np.asarray([[token]], np.int32), cache=room)
+      room, logits = out.cache, out.logits[:, 0]
+  return np.asarray(found)
+
+
+def refreshed(name, how, looks, **shape):
+  """(rollout, stats) of a run that gets version 4 after version 3 at its look number `looks`."""
+  params = dict(zip((3, 4), (weights(name), jax.tree.map(lambda x: 1.5 * x, weights(name)))))
+  count = iter(range(1000))
+  rollout, stats = engine.run(
+    MODELS[name], params[3], prompts(rows=(0, 1, 2, 3)), key=jax.random.key(0),
+    settings=settings(), engine=engine.Engine(**shape, refresh=how), version=3,
+    refresh=lambda: (params[4], 4) if next(count) == looks else None)
+  return params, jax.tree.map(np.asarray, rollout), stats
+
+
+@pytest.mark.parametrize('name', ['full', 'hybrid'])
+def test_rows_in_flight_go_on_with_newer_weights(name):
+  versions, rollout, _ = refreshed(name, 'keep', 2, slots=5, steps=3, prefill=2)
+  mixed = 0
+  for row, mask in enumerate(rollout.loss_mask):
+    used, start = rollout.version[row][mask], int(np.argmax(mask))
+    assert (np.diff(used) >= 0).all() and set(used) <= {3, 4}
+    mixed += len(set(used)) == 2
+    wanted = decoded_by_hand(MODELS[name], versions, rollout.tokens[row, :start],
+                             rollout.tokens[row][mask], used)
+    np.testing.assert_allclose(rollout.behavior_logp[row][mask], wanted, atol=2e-5)
+  assert mixed >= 3 and (rollout.version[rollout.loss_mask] == 4).any()
+
+
+def test_rows_in_flight_end_before_newer_weights_are_used():
+  versions, rollout, stats = refreshed('full', 'drain', 1, slots=5, steps=3, prefill=2)
+  rows = [set(v[m]) for v, m in zip(rollout.version, rollout.loss_mask)]
+  assert all(len(row) == 1 for row in rows) and {3} in rows and {4} in rows
+  assert stats.prefills == 3  # the second prompt of the first prefill was not finished
+  for version, params in versions.items():
+    whole = decode.generate(CONFIG, params, prompts(rows=(0, 1, 2, 3)), key=jax.random.key(0),
+                            settings=settings(), version=version)
+    same = [i for i, row in enumerate(rows) if row == {version}]
+    assert_same(*(jax.tree.map(lambda x, same=same: np.asarray(x)[same], x)
+                  for x in (rollout, whole)))
+
+
+def test_newer_weights_of_another_shape_are_refused_by_name():
+  other = dataclasses.replace(CONFIG, inter=40)
+  with pytest.raises(ValueError, match=r'refresh: blocks.0.mlp.down must be .*48.*, got .*40'):
+    engine.run(CONFIG, weights('full'), prompts(), key=jax.random.key(0), settings=settings(),
+               engine=engine.Engine(2), refresh=lambda: (models.init(other, jax.random.key(0)), 1))
+  with pytest.raises(ValueError, match="engine.refresh must be 'keep' or 'drain', got 'abort'"):
+    engine.run(CONFIG, weights('full'), prompts(), key=jax.random.key(0), settings=settings(),
+               engine=engine.Engine(2, refresh='abort'))

@@ -139,13 +139,12 @@ def prefill(config: ModelConfig, params: Params, tokens: Array, length: Array):
 
   The cache is split where its keys are to leave the device: no two layers' need be there at once.
   """
-  split = config.sparse is not None and config.sparse.pool > 0
-  blocks = decoder.split_blocks(config, params) if split else params
+  blocks = decoder.split_blocks(config, params) if config.pooled else params
   # Layers unrolled make a step faster that runs often; this one runs once, and is compiled as well.
   out = decoder.forward(
     dataclasses.replace(config, unroll=1), blocks, tokens,
     segment_ids=masks.segments_from_lengths(length, tokens.shape[1]),
-    keep='split' if split else 'stacked', want='hidden')
+    keep='split' if config.pooled else 'stacked', want='hidden')
   last = jnp.take_along_axis(out.hidden, (length - 1)[:, None, None], axis=1)[:, 0]
   return (dataclasses.replace(out.cache, length=length), decoder.unembed(config, params, last))
 
@@ -242,7 +241,7 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
 
 def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Array
              ) -> types.Rollout:
-  """Joins prompts and responses into rows without a gap."""
+  """Joins prompts and responses into rows without a gap; `version` i32[] or i32[N, R] of tokens."""
   group, (num, bucket) = settings.group_size, prompts.tokens.shape
   rows, width = drawn.tokens.shape
   total = bucket + width
@@ -259,14 +258,14 @@ def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Ar
     wanted, missing, _, absent = jnp.moveaxis(drawn.traffic.astype(jnp.float32), 1, 0)
     some = jnp.maximum(wanted, 1)
     hits, absent = 1 - missing / some, absent / some
-  per_token = lambda x: jnp.where(sampled, masks.put_window(x, start, total), 0.0)
+  per_token = lambda x: jnp.where(sampled, masks.put_window(x, start, total) if x.ndim else x, 0)
   return types.Rollout(
     tokens=jnp.where(column < start[:, None], prompt_part, jnp.where(in_response, response, 0)),
     segment_ids=segments,
     positions=jnp.where(segments > 0, column, 0).astype(jnp.int32),
     loss_mask=sampled,
     behavior_logp=per_token(drawn.logp),
-    version=jnp.where(sampled, version, 0).astype(jnp.int32),
+    version=per_token(version).astype(jnp.int32),
     turn_id=in_response.astype(jnp.int32),
     group_id=rep(prompts.group_id),
     traj_id=rep(prompts.group_id) * group + jnp.tile(jnp.arange(group), num),
@@ -291,7 +290,7 @@ def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Arra
   loop leaves early when every row is done.
   """
   check_settings(settings)
-  prompts = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)), prompts)
+  prompts = axes.constrain_rows(prompts)
   state = _decode(config, params, prompts, key, settings)
   drawn = Responses(state.tokens, state.logp, state.length, state.done, state.kept,
                     cache_lib.traffic(state.cache))

@@ -12,11 +12,12 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 
-from zppo_jax.core import types
+from zppo_jax.core import trees, types
 from zppo_jax.mesh import axes, hosts
 from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
@@ -24,6 +25,7 @@ from zppo_jax.sampling import decode
 from zppo_jax.sampling import slots as slots_lib
 
 Stop = Callable[[Sequence[int], int], int | None]  # as `stops.stop_strings` makes it
+Refresh = Callable[[], tuple[Params, int] | None]  # newer weights and their version, or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Engine:
   slots: int
   steps: int = 16  # tokens between two looks of the host
   prefill: int = 4  # prompts at once
+  refresh: Literal['keep', 'drain'] = 'keep'  # rows in flight go on with newer weights, or end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,40 +60,82 @@ def _check(engine: Engine) -> None:
   for name in ('slots', 'steps', 'prefill'):
     if getattr(engine, name) < 1:
       raise ValueError(f'engine.{name} must be at least 1, got {getattr(engine, name)}')
+  if engine.refresh not in ('keep', 'drain'):
+    raise ValueError(f"engine.refresh must be 'keep' or 'drain', got {engine.refresh!r}")
 
 
 @functools.partial(jax.jit, static_argnames='settings')
 def _assemble(prompts: decode.Prompts, drawn: decode.Responses, settings: decode.Settings,
               version) -> types.Rollout:
   """`decode.assemble` of host copies, its rows cut over the mesh."""
-  given = jax.tree.map(lambda x: axes.constrain(x, 'batch', *(None,) * (x.ndim - 1)),
-                       (prompts, drawn))
-  return decode.assemble(*given, settings, version)
+  return decode.assemble(*axes.constrain_rows((prompts, drawn)), settings,
+                         axes.constrain_rows(version))
+
+
+class _Weights:
+  """The weights in use, and newer ones that wait for the rows in flight to end."""
+
+  def __init__(self, config: ModelConfig, params: Params, version: int, engine: Engine,
+               refresh: Refresh | None):
+    self._config, self._drain, self._refresh = config, engine.refresh == 'drain', refresh
+    self._newer = None
+    self._use(params, version)
+
+  def _use(self, params: Params, version: int) -> None:
+    self.params, self.version = params, version
+    self.blocks = slots_lib.split_blocks(self._config, params)
+
+  @property
+  def waiting(self) -> bool:
+    return self._newer is not None
+
+  def look(self, idle: bool) -> bool:
+    """Whether other weights are in use from now on; `idle`: no row is in flight."""
+    if self._refresh is None:
+      return False
+    newer = self._refresh()
+    if newer is not None:
+      for path, want, have in trees.differences(*map(trees.named_leaves, (self.params, newer[0]))):
+        raise ValueError(f'refresh: {path} must be {want}, got {have}')
+      self._newer = newer
+    if self._newer is None or (self._drain and not idle):
+      return False
+    self._use(*self._newer)
+    self._newer = None
+    return True
 
 
 class _Queue:
   """Samples that wait for a slot, prompt by prompt; each prompt is prefilled once."""
 
-  def __init__(self, config, params, prompts: decode.Prompts, settings, size: int):
-    self._config, self._params, self._prompts = config, params, prompts
-    self._settings, self._group, self._size = settings, settings.group_size, size
+  def __init__(self, config: ModelConfig, weights: _Weights, prompts: decode.Prompts,
+               settings: decode.Settings, size: int):
+    self._config, self._weights, self._prompts = config, weights, prompts
+    self._settings, self._size = settings, size
     self._left = collections.deque(np.flatnonzero(prompts.valid).tolist())
     self._jobs: collections.deque[_Job] = collections.deque()
+    self._chosen: list[int] = []
     self.prefix, self.prefills = None, 0
 
   def __bool__(self) -> bool:
     return bool(self._left or self._jobs)
 
+  def prefill(self) -> None:
+    """Reads the prompts whose samples wait, with the weights in use."""
+    if self._jobs:
+      at = np.asarray(self._chosen + [self._chosen[0]] * (self._size - len(self._chosen)))
+      self.prefix = slots_lib.prefill(self._config, self._weights.params, self._prompts.tokens[at],
+                                      self._prompts.length[at], settings=self._settings)
+      self.prefills += 1
+
   def take(self, count: int) -> list[_Job]:
     """At most `count` samples of one prefill, which is then `prefix`."""
     if not self._jobs and self._left:
-      chosen = [self._left.popleft() for _ in range(min(self._size, len(self._left)))]
-      filled = np.asarray(chosen + [chosen[0]] * (self._size - len(chosen)))
-      self.prefix = slots_lib.prefill(self._config, self._params, self._prompts.tokens[filled],
-                             self._prompts.length[filled], settings=self._settings)
-      self.prefills += 1
-      self._jobs.extend(_Job(p * self._group + s, p, i) for i, p in enumerate(chosen)
-                        for s in range(self._group))
+      group = self._settings.group_size
+      self._chosen = [self._left.popleft() for _ in range(min(self._size, len(self._left)))]
+      self._jobs.extend(_Job(p * group + s, p, i) for i, p in enumerate(self._chosen)
+                        for s in range(group))
+      self.prefill()
     return [self._jobs.popleft() for _ in range(min(count, len(self._jobs)))]
 
 
@@ -106,77 +151,99 @@ def _row(prompts: decode.Prompts, jobs: list[_Job], free: list[int], group: int,
   return target, source, row
 
 
-def _ended(held, found, seen: np.ndarray, stop: Stop | None) -> dict[int, tuple[int, bool]]:
-  """{slot: (tokens, by a stop)} of the rows that are over."""
-  active, tokens, _, length, done = found[:5]
-  over = {}
-  for i, job in enumerate(held):
-    if job is None:
-      continue
-    size = int(length[i])
-    at = None if stop is None else stop(tokens[i, :size].tolist(), int(seen[job.row]))
-    seen[job.row] = size
-    if at is not None:
-      over[i] = at, True
-    elif not active[i]:
-      over[i] = size, bool(done[i])
-  return over
+class _Rows:
+  """What the host knows of all rows, and which of them the slots hold."""
+
+  def __init__(self, prompts: decode.Prompts, settings: decode.Settings, slots: int, pooled: bool):
+    rows, width = len(prompts.length) * settings.group_size, settings.max_new_tokens
+    logp = np.zeros((rows, width), np.float32)
+    self.drawn = decode.Responses(
+      tokens=np.zeros((rows, width), np.int32), logp=logp, length=np.zeros(rows, np.int32),
+      done=~np.repeat(prompts.valid, settings.group_size),
+      kept=np.zeros_like(logp) if settings.filtered else None,
+      traffic=np.zeros((rows, 4), np.int32) if pooled else None)
+    self.version = np.zeros((rows, width), np.int32)  # of the weights that made a token's logits
+    self.held: list[_Job | None] = [None] * slots
+    self._seen = np.zeros(slots, int)  # tokens of each slot's row that were looked at
+    self._next = np.zeros(slots, int)  # version of each slot's next logits
+
+  @property
+  def free(self) -> list[int]:
+    return [slot for slot, job in enumerate(self.held) if job is None]
+
+  def enter(self, jobs: list[_Job], version: int) -> None:
+    """The jobs take the first free slots."""
+    for slot, job in zip(self.free, jobs):
+      self.held[slot], self._seen[slot], self._next[slot] = job, 0, version
+
+  def look(self, found: decode.Responses, active: np.ndarray, version: int, stop: Stop | None
+           ) -> bool:
+    """Frees the slots of rows that are over; whether one of them would be drawn on."""
+    cut = False
+    for slot, job in enumerate(self.held):
+      if job is None:
+        continue
+      row, size, seen = job.row, int(found.length[slot]), int(self._seen[slot])
+      self.version[row, seen:seen + 1] = self._next[slot]
+      self.version[row, seen + 1:size] = version
+      self._seen[slot], self._next[slot] = size, version
+      at = None if stop is None else stop(found.tokens[slot, :size].tolist(), seen)
+      if at is None and active[slot]:
+        continue
+      size, stopped = (size, bool(found.done[slot])) if at is None else (at, True)
+      self._store(slot, row, found, size, stopped)
+      self.held[slot], cut = None, cut or bool(active[slot])
+    return cut
+
+  def _store(self, slot: int, row: int, found: decode.Responses, size: int, stopped: bool) -> None:
+    mine = self.drawn
+    mine.length[row], mine.done[row] = size, stopped
+    for name in ('tokens', 'logp', 'kept'):
+      if getattr(mine, name) is not None:
+        getattr(mine, name)[row, :size] = getattr(found, name)[slot, :size]
+    if mine.traffic is not None:
+      mine.traffic[row] = found.traffic[slot]
 
 
 def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: jax.Array,
-        settings: decode.Settings, engine: Engine, version: int = 0, stop: Stop | None = None
-        ) -> tuple[types.Rollout, Stats]:
+        settings: decode.Settings, engine: Engine, version: int = 0, stop: Stop | None = None,
+        refresh: Refresh | None = None) -> tuple[types.Rollout, Stats]:
   """`decode.generate` through slots: (the same rollout, what it took). `prompts` on the host.
 
   `stop`(tokens, begin) looks at every row between the calls of the decode program: a row ends
-  behind as many tokens as it says, as if by a stop token.
+  behind as many tokens as it says, as if by a stop token. `refresh`() is asked there for newer
+  weights, in every process alike; a token has the version of the weights that made its logits.
+  Raises ValueError on bad shapes and settings, and on weights of another structure.
   """
   _check(engine)
   decode.check_settings(settings)
   prompts = jax.tree.map(np.asarray, hosts.fetch(prompts))
-  group, width = settings.group_size, settings.max_new_tokens
-  rows = len(prompts.length) * group
-  tokens, logp = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
-  kept = np.zeros_like(logp) if settings.filtered else None
-  pooled = config.sparse is not None and config.sparse.pool > 0
-  traffic = np.zeros((rows, 4), np.int32) if pooled else None
-  length, done = np.zeros(rows, np.int32), ~np.repeat(prompts.valid, group)
-  queue = _Queue(config, params, prompts, settings, engine.prefill)
-  blocks = slots_lib.split_blocks(config, params)
+  weights = _Weights(config, params, version, engine, refresh)
+  rows = _Rows(prompts, settings, engine.slots, config.pooled)
+  queue = _Queue(config, weights, prompts, settings, engine.prefill)
   bucket = prompts.tokens.shape[1]
-  slots = slots_lib.empty(config, key, rows=engine.slots, size=bucket + width, prompt=bucket,
-                          settings=settings, forced=prompts.forced.shape[1])
-  held: list[_Job | None] = [None] * engine.slots
-  seen = np.zeros(rows, int)  # tokens of each row that were looked at
+  slots = slots_lib.empty(config, key, rows=engine.slots, size=bucket + settings.max_new_tokens,
+                          prompt=bucket, settings=settings, forced=prompts.forced.shape[1])
   taken, decoded = np.zeros(2, int), np.zeros(2, int)  # while samples waited, and afterwards
-  while queue or any(held):
-    free = [i for i, job in enumerate(held) if job is None]
-    while free and queue:
+  while queue or any(rows.held):
+    if weights.look(idle=not any(rows.held)):
+      queue.prefill()
+    while (free := rows.free) and queue and not weights.waiting:
       jobs = queue.take(len(free))
-      target, source, row = _row(prompts, jobs, free, group, engine.slots)
-      slots = slots_lib.insert(config, slots, key, queue.prefix, target, source, row)
-      for job in jobs:
-        held[free.pop(0)] = job
-    slots, steps, count = slots_lib.steps(config, blocks, slots, most=engine.steps,
-                                          settings=settings)
-    found = hosts.fetch((slots.active, slots.tokens, slots.logp, slots.length, slots.done, steps,
-                         count, slots.kept, slots_lib.traffic(slots) if pooled else None))
+      slots = slots_lib.insert(config, slots, key, queue.prefix,
+                               *_row(prompts, jobs, free, settings.group_size, engine.slots))
+      rows.enter(jobs, weights.version)
+    slots, *took = slots_lib.steps(config, weights.blocks, slots, most=engine.steps,
+                                   settings=settings)
+    found, active, (steps, count) = hosts.fetch((
+      decode.Responses(slots.tokens, slots.logp, slots.length, slots.done, slots.kept,
+                       slots_lib.traffic(slots) if config.pooled else None), slots.active, took))
     at = 0 if queue else 1
-    taken[at] += found[5]
-    decoded[at] += found[6]
-    ended = _ended(held, found, seen, stop)
-    for i, (size, stopped) in ended.items():
-      row = held[i].row
-      tokens[row, :size], logp[row, :size] = found[1][i, :size], found[2][i, :size]
-      if kept is not None:
-        kept[row, :size] = found[7][i, :size]
-      if pooled:
-        traffic[row] = found[8][i]
-      length[row], done[row], held[i] = size, stopped, None
-    if stop is not None and any(found[0][i] for i in ended):
-      slots = slots_lib.release(slots, np.asarray([job is not None for job in held]))
-  rollout = _assemble(prompts, decode.Responses(tokens, logp, length, done, kept, traffic),
-                      settings, np.int32(version))
+    taken[at] += steps
+    decoded[at] += count
+    if rows.look(found, active, weights.version, stop):
+      slots = slots_lib.release(slots, np.asarray([job is not None for job in rows.held]))
+  rollout = _assemble(prompts, rows.drawn, settings, rows.version)
   share = lambda part, steps: float(part / max(1, steps * engine.slots))
   return rollout, Stats(int(taken.sum()), queue.prefills, int(decoded.sum()),
                         share(decoded.sum(), taken.sum()), share(decoded[0], taken[0]))
