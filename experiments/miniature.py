@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.miniatures import calculator, fg2_gdn, tls, zppo
+from experiments.miniatures import babyai, calculator, fg2_gdn, tls, zppo
 from zppo_jax.core.errors import UserError
 from zppo_jax.launch import flags as flags_lib
 
@@ -56,6 +56,11 @@ MINIATURES: Mapping[str, Miniature] = {
     axes=('evaluation', 'held-out accuracy, 256 questions'),
     run=calculator.run, table=calculator.table, bars=calculator.bars, notes=calculator.notes,
     record=calculator.record, panels=calculator.panels),
+  'babyai': Miniature(
+    title='GRPO over episodes of BabyAI: go to one of two things',
+    axes=('evaluation', 'held-out reward, 256 levels'),
+    run=babyai.run, table=babyai.table, bars=babyai.bars, notes=babyai.notes,
+    record=babyai.record, panels=babyai.panels),
   'asynctls': Miniature(
     title='AsyncTLS against Quest and Double Sparsity at equal token budgets',
     axes=('decode step, or blocks looked into', 'attention mass read, or answers right'),

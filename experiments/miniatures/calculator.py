@@ -8,12 +8,12 @@ machinery of episodes, not about language models.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.miniatures import warm_grpo
 from experiments.miniatures.bars import Bar, mean_error
 
 ARMS = {'with the calculator': True, 'without': False}
@@ -49,26 +49,17 @@ def config(method: str, *, tool: bool, seed: int, steps: int, every: int) -> Any
 def run(num_seeds: int = 5, *, warm_steps: int = 70, steps: int = 80, evaluations: int = 8
         ) -> Result:
   """Trains both arms for every seed. Errors: num_seeds < 2."""
-  from experiments.train import train
-  from zppo_jax.train import metrics
-
   if num_seeds < 2:
     raise ValueError(f'num_seeds must be >= 2 for standard errors, got {num_seeds}')
   curves: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
   calls = []
   for seed in range(num_seeds):
     for arm, tool in ARMS.items():
-      with tempfile.TemporaryDirectory() as root:
-        warm, place = os.path.join(root, 'warm'), os.path.join(root, 'grpo')
-        train(config('sft', tool=tool, seed=seed, steps=warm_steps, every=warm_steps), warm,
-              report_paths=False)
-        c = config('grpo', tool=tool, seed=seed, steps=steps, every=steps // evaluations)
-        c.init.checkpoint = warm
-        train(c, place, report_paths=False)
-        rows = metrics.read_rows(os.path.join(place, 'metrics.jsonl'))
-      curves[arm].append([r['eval/accuracy'] for r in rows if 'eval/accuracy' in r])
+      found, last = warm_grpo.curve(functools.partial(config, tool=tool, seed=seed),
+                                    warm_steps=warm_steps, steps=steps, evaluations=evaluations)
+      curves[arm].append(found)
       if tool:
-        calls.append(rows[-1]['episode/tool_calls'])
+        calls.append(last['episode/tool_calls'])
   return Result(num_seeds, warm_steps, steps, {a: np.asarray(x) for a, x in curves.items()},
                 np.asarray(calls))
 

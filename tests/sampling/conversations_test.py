@@ -227,3 +227,13 @@ def test_a_stop_token_ends_a_turn():
   assert {a.stopped for a in answers} == {True, False}
   for a in answers:
     assert a.stopped == (a.tokens[-1] == EOS) and (a.stopped or len(a.tokens) == 8)
+
+
+@pytest.mark.parametrize('longest, calls', [
+  (1, 1), (32, 1), (33, 2), (127, 4), (128, 1), (256, 1), (300, 3), (600, 5)])
+def test_chunks_are_not_mostly_padding(longest, calls):
+  left, sizes = longest, []
+  while left > 0:
+    sizes.append(conversations._chunk((32, 256), left))
+    left -= sizes[-1]
+  assert len(sizes) == calls and sum(sizes) < max(2 * longest + 1, longest + 32)

@@ -66,6 +66,13 @@ class _Held:
   seen: int = 0  # response tokens that a stop was looked for in
 
 
+def _chunk(chunks: Sequence[int], longest: int) -> int:
+  """The smallest that holds `longest` tokens and is not mostly padding, or else the largest that
+  they fill."""
+  fits = [c for c in chunks if longest <= c <= 2 * longest]
+  return min(fits, default=max((c for c in chunks if c <= longest), default=min(chunks)))
+
+
 class Conversations:
   """Slots that outlive a call. Weights of another `version` make them forget everything."""
 
@@ -231,7 +238,7 @@ class Conversations:
 
   def _append(self, blocks, held: np.ndarray, missing: dict[int, tuple[int, ...]]) -> None:
     while longest := max((len(t) for t in missing.values()), default=0):
-      size = min((c for c in self.shape.chunks if c >= longest), default=max(self.shape.chunks))
+      size = _chunk(self.shape.chunks, longest)
       tokens = np.zeros((self.shape.slots, size), np.int32)
       length = np.zeros(self.shape.slots, np.int32)
       for slot, rest in missing.items():
