@@ -8,6 +8,7 @@ import pytest
 from decode_test import CONFIG, EOS, settings
 from engine_test import MODELS, text_of, weights
 
+from zppo_jax import models
 from zppo_jax.mesh import place
 from zppo_jax.models import decoder
 from zppo_jax.models import params as params_lib
@@ -237,3 +238,24 @@ def test_chunks_are_not_mostly_padding(longest, calls):
     sizes.append(conversations._chunk((32, 256), left))
     left -= sizes[-1]
   assert len(sizes) == calls and sum(sizes) < max(2 * longest + 1, longest + 32)
+
+
+@pytest.mark.parametrize('name', ['full', 'hybrid'])
+def test_logits_that_are_not_finite_are_a_fault_and_leave_nothing_behind(name):
+  """The head is not tied to the embedding: only rows that read token 5 meet a NaN."""
+  config = dataclasses.replace(MODELS[name], tied=False)
+  whole = models.init(config, jax.random.key(0))
+  broken = dataclasses.replace(whole, embed=whole.embed.at[5].set(np.nan))
+  options, given = dataclasses.replace(OPTIONS, rules=(rules.forbid((5,)),)), dict(
+    key=jax.random.key(0))
+  chat, fresh = (conversations.Conversations(config, dataclasses.replace(SHAPE, slots=1))
+                 for _ in range(2))
+  bad = conversations.Request((7, 5, 9, 9, 6, 9), 8)  # two chunks
+  good = conversations.Request((7, 6, 9, 11), 8)
+  for _ in range(2):
+    answer, = chat.generate(broken, [bad], settings=options, **given)
+    assert answer.fault and answer.tokens == () and not answer.stopped and answer.reused == 0
+  found, = chat.generate(broken, [good], settings=options, **given)
+  wanted, = fresh.generate(whole, [good], settings=options, **given)
+  assert found.tokens == wanted.tokens and len(found.tokens) > 1 and not found.fault
+  np.testing.assert_allclose(found.logp, wanted.logp, atol=1e-5)

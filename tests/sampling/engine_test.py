@@ -215,3 +215,31 @@ def test_newer_weights_of_another_shape_are_refused_by_name():
   with pytest.raises(ValueError, match="engine.refresh must be 'keep' or 'drain', got 'abort'"):
     engine.run(CONFIG, weights('full'), prompts(), key=jax.random.key(0), settings=settings(),
                engine=engine.Engine(2, refresh='abort'))
+
+
+@pytest.mark.parametrize('changes', [{}, dict(top_k=3), dict(temperature=0.0, group_size=1)],
+                         ids=str)
+def test_rows_without_finite_logits_end_and_harm_no_other(changes):
+  """The head is not tied to the embedding: only rows that read token 5 meet a NaN."""
+  config = dataclasses.replace(CONFIG, tied=False)
+  whole = models.init(config, jax.random.key(0))
+  broken = dataclasses.replace(whole, embed=whole.embed.at[5].set(np.nan))
+  given = dict(key=jax.random.key(0), settings=settings(**changes), version=3)
+  batch = prompts(**BATCH)
+  fine = jax.tree.map(np.asarray, decode.generate(config, whole, batch, **given))
+  both = [decode.generate(config, broken, batch, **given),
+          engine.run(config, broken, batch, **given, engine=engine.Engine(3, steps=2))[0]]
+  assert_same(*both)
+  found, faults = jax.tree.map(np.asarray, both[0]), 0
+  for row in np.flatnonzero(fine.valid):
+    tokens, start = fine.tokens[row], int(fine.turn_id[row].argmax())
+    end = start + int((fine.turn_id[row] > 0).sum())
+    read = [i for i in range(end) if tokens[i] == 5]
+    if not read or read[0] + 1 >= end:  # never read, or only as the last token
+      assert_same(*(jax.tree.map(lambda x, row=row: x[row], x) for x in (found, fine)))
+      continue
+    faults += 1
+    assert found.status[row] == types.NONFINITE and np.isnan(found.reward[row])
+    assert found.traj_tokens[row] == max(0, read[0] + 1 - start)
+    assert np.isfinite(found.behavior_logp[row]).all()
+  assert 0 < faults < fine.valid.sum()

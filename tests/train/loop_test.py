@@ -138,6 +138,13 @@ def test_non_finite_gradient_stops_with_the_step_and_keeps_the_state(tmp_path):
   assert workdir.latest_step(str(tmp_path)) == 2
 
 
+def test_weights_that_are_not_numbers_are_named_at_the_first_rollout(tmp_path):
+  run = small_run(tmp_path)
+  broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), run.warm_start)
+  with pytest.raises(UserError, match='rollout: the logits of all [0-9]+ rows are not finite'):
+    loop.train(dataclasses.replace(run, warm_start=broken))
+
+
 def test_prompt_longer_than_the_bucket_is_named(tmp_path):
   with pytest.raises(UserError, match=r'prompt_tokens: question \w+ .* the largest bucket holds 4'):
     train(config('sft', rollout__prompt_tokens=4, num_steps=1), str(tmp_path))

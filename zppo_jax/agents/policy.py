@@ -95,6 +95,9 @@ class PolicyClient:
       stop=stops.stop_strings(stop, text) if stop else None)
     found = {}
     for (name, r), a in zip(asked, answers):
+      if a.fault:
+        found[name] = Completion('', 'error', error='the logits of the policy are not finite')
+        continue
       said = text(a.tokens)
       found[name] = Completion(
         stops.cut(said, stop), 'stop' if a.stopped else 'length', a.tokens, a.logp, r.tokens,

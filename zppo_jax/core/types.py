@@ -9,9 +9,9 @@ import jax
 
 Array = jax.Array
 
-# Rollout.status: ended by a stop token, by length, by turns, by a fault outside the policy, or by
-# output that could not be read
-FINISHED, TRUNCATED, OUT_OF_TURNS, ENV_FAILURE, INVALID_OUTPUT = 0, 1, 2, 3, 4
+# Rollout.status: ended by a stop token, by length, by turns, by a fault outside the policy, by
+# output that could not be read, or by logits that are not finite
+FINISHED, TRUNCATED, OUT_OF_TURNS, ENV_FAILURE, INVALID_OUTPUT, NONFINITE = 0, 1, 2, 3, 4, 5
 POLICY, TEACHER = 0, 1  # Rollout.role_id: who wrote the loss tokens (given data counts as teacher)
 
 

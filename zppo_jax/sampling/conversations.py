@@ -46,13 +46,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """`tokens` with their log-probs; `stopped` by a stop token or string, which it then ends with."""
+  """`tokens` with their log-probs; `stopped` by a stop token or string, which it then ends with, or
+  by a `fault`: logits that are not finite."""
 
   tokens: tuple[int, ...]
   logp: tuple[float, ...]
   stopped: bool
   log_kept_mass: tuple[float, ...] | None
   reused: int  # tokens of the request that the cache held
+  fault: bool = False
 
 
 @dataclasses.dataclass
@@ -125,14 +127,17 @@ class Conversations:
       self._slots, _, _ = slots_lib.steps(self.config, blocks, self._slots, most=self.shape.steps,
                                           settings=settings)
       s = self._slots
-      found = hosts.fetch((s.active, s.tokens, s.logp, s.length, s.done, s.kept))
+      found = hosts.fetch((s.active, s.tokens, s.logp, s.length, s.done, s.kept, s.fault))
       for slot, size, stopped in self._ended(found, stop):
-        work, (_, tokens, logp, length, _, kept) = self._held[slot].work, found
+        work, (_, tokens, logp, length, _, kept, fault) = self._held[slot].work, found
         tokens, logp, kept = (None if x is None else tuple(x[slot, :size].tolist())
                               for x in (tokens, logp, kept))
-        answers[work] = Answer(tokens, logp, stopped, kept, reused[work])
+        answers[work] = Answer(tokens, logp, stopped, kept, reused[work], bool(fault[slot]))
         self._clock += 1
-        self._hold(slot, requests[work].tokens, tokens, cut=size < length[slot])
+        if fault[slot]:
+          self._held[slot] = _Held(used=self._clock)
+        else:
+          self._hold(slot, requests[work].tokens, tokens, cut=size < length[slot])
     return answers
 
   def _hold(self, slot: int, asked: tuple[int, ...], said: tuple[int, ...], *, cut: bool) -> None:
@@ -250,7 +255,7 @@ class Conversations:
 
   def _ended(self, found, stop: Stop | None):
     """(slot, tokens, by a stop) of the rows that are over; they decode no more."""
-    active, tokens, _, length, done, _ = found
+    active, tokens, _, length, done, *_ = found
     over = []
     for slot, h in enumerate(self._held):
       if h.work is None:

@@ -117,6 +117,7 @@ class Responses:
   logp: Array  # f32[N, R]
   length: Array  # i32[N]
   done: Array  # bool[N], ended by a stop token
+  fault: Array  # bool[N], ended by logits that are not finite
   kept: Array | None = None  # f32[N, R], see `choose`
   traffic: Array | None = None  # i32[N, 4], see `cache.traffic`
 
@@ -129,6 +130,7 @@ class _State:
   logp: Array  # f32[N, R]
   kept: Array | None  # f32[N, R], where something filters
   done: Array  # bool[N]
+  fault: Array  # bool[N]
   length: Array  # i32[N], response tokens so far
   step: Array  # i32[]
   rules: tuple  # states of the chain
@@ -183,6 +185,11 @@ def choose(logits: Array, keys: Array, step: Array, settings: Settings, states: 
   return token, logp, _logp(own, token) - logp
 
 
+def is_finite(logp: Array, kept: Array | None) -> Array:
+  """Whether the logits of `choose` were finite: filters hide a NaN from the first of its values."""
+  return jnp.isfinite(logp if kept is None else logp + kept)
+
+
 def force(drawn, forced: Array, forced_length: Array, step: Array):
   """`choose`'s triple where a row is free, the given token with zeros inside its forced prefix."""
   if not forced.shape[1]:
@@ -208,16 +215,18 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
     step = jnp.broadcast_to(state.step, valid.shape)
     drawn = choose(state.logits, rng.fold_each(keys, step), step, settings, state.rules)
     token, logp, kept = force(drawn, forced, forced_length, step)
-    live = ~state.done
+    fault = ~state.done & ~is_finite(logp, kept)
+    live = ~state.done & ~fault
     put = lambda old, new: old.at[:, state.step].set(jnp.where(live, new, 0))
     tokens = put(state.tokens, token)
     logps, kept = jax.tree.map(put, (state.logp, state.kept), (logp, kept))
-    done = state.done | jnp.any(token[:, None] == eos, axis=1)
+    done = state.done | fault | jnp.any(token[:, None] == eos, axis=1)
     out = decoder.forward(config, blocks, token[:, None], cache=state.cache, prefix=prefix,
                           want='hidden', rotary=angles)
     logits = decoder.unembed(config, params, out.hidden[:, 0])
-    return _State(out.cache, logits, tokens, logps, kept, done, state.length + live,
-                  state.step + 1, rules.update(chain, state.rules, token, step, live))
+    return _State(out.cache, logits, tokens, logps, kept, done, state.fault | fault,
+                  state.length + live, state.step + 1,
+                  rules.update(chain, state.rules, token, step, live))
 
   cache, logits = prefill(config, params, prompts.tokens, prompts.length)
   blocks, logits = decoder.split_blocks(config, params), rep(logits)  # once, not in every step
@@ -234,8 +243,8 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   blank = jnp.zeros((rows, width))
   state = _State(
     cache, logits, jnp.zeros((rows, width), jnp.int32), blank,
-    blank if settings.filtered else None, ~valid, jnp.zeros(rows, jnp.int32), jnp.int32(0),
-    jax.tree.map(rep, rules.init(chain, given)))
+    blank if settings.filtered else None, ~valid, ~valid & valid, jnp.zeros(rows, jnp.int32),
+    jnp.int32(0), jax.tree.map(rep, rules.init(chain, given)))
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)
 
 
@@ -273,8 +282,9 @@ def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Ar
     role_id=jnp.zeros(rows, jnp.int32),
     kind=rep(prompts.kind),
     question_id=rep(prompts.question_id),
-    reward=jnp.zeros(rows),
-    status=jnp.where(drawn.done, types.FINISHED, types.TRUNCATED).astype(jnp.int32),
+    reward=jnp.where(drawn.fault, jnp.nan, 0.0),
+    status=jnp.select([drawn.fault, drawn.done], [types.NONFINITE, types.FINISHED],
+                      types.TRUNCATED).astype(jnp.int32),
     valid=valid,
     log_kept_mass=None if drawn.kept is None else per_token(drawn.kept),
     pool_hits=hits, pool_absent=absent)
@@ -285,6 +295,9 @@ def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Arra
              settings: Settings, version: Array | int = 0) -> types.Rollout:
   """Samples settings.group_size responses per prompt; rewards are left at zero.
 
+  A row whose logits are not finite ends before the token that they would have drawn, with the
+  status NONFINITE and the reward NaN, which keeps it out of losses and statistics.
+
   `behavior_logp` is the log-prob in nats under the distribution actually sampled (after temperature
   and filters). A row ends at the first id of settings.eos_ids, which belongs to the response. The
   loop leaves early when every row is done.
@@ -292,6 +305,6 @@ def generate(config: ModelConfig, params: Params, prompts: Prompts, *, key: Arra
   check_settings(settings)
   prompts = axes.constrain_rows(prompts)
   state = _decode(config, params, prompts, key, settings)
-  drawn = Responses(state.tokens, state.logp, state.length, state.done, state.kept,
+  drawn = Responses(state.tokens, state.logp, state.length, state.done, state.fault, state.kept,
                     cache_lib.traffic(state.cache))
   return assemble(prompts, drawn, settings, jnp.asarray(version, jnp.int32))

@@ -68,8 +68,7 @@ def _check(engine: Engine) -> None:
 def _assemble(prompts: decode.Prompts, drawn: decode.Responses, settings: decode.Settings,
               version) -> types.Rollout:
   """`decode.assemble` of host copies, its rows cut over the mesh."""
-  return decode.assemble(*axes.constrain_rows((prompts, drawn)), settings,
-                         axes.constrain_rows(version))
+  return decode.assemble(*axes.constrain_rows((prompts, drawn)), settings, version)
 
 
 class _Weights:
@@ -159,7 +158,7 @@ class _Rows:
     logp = np.zeros((rows, width), np.float32)
     self.drawn = decode.Responses(
       tokens=np.zeros((rows, width), np.int32), logp=logp, length=np.zeros(rows, np.int32),
-      done=~np.repeat(prompts.valid, settings.group_size),
+      done=~np.repeat(prompts.valid, settings.group_size), fault=np.zeros(rows, bool),
       kept=np.zeros_like(logp) if settings.filtered else None,
       traffic=np.zeros((rows, 4), np.int32) if pooled else None)
     self.version = np.zeros((rows, width), np.int32)  # of the weights that made a token's logits
@@ -197,7 +196,7 @@ class _Rows:
 
   def _store(self, slot: int, row: int, found: decode.Responses, size: int, stopped: bool) -> None:
     mine = self.drawn
-    mine.length[row], mine.done[row] = size, stopped
+    mine.length[row], mine.done[row], mine.fault[row] = size, stopped, found.fault[slot]
     for name in ('tokens', 'logp', 'kept'):
       if getattr(mine, name) is not None:
         getattr(mine, name)[row, :size] = getattr(found, name)[slot, :size]
@@ -236,14 +235,15 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: ja
     slots, *took = slots_lib.steps(config, weights.blocks, slots, most=engine.steps,
                                    settings=settings)
     found, active, (steps, count) = hosts.fetch((
-      decode.Responses(slots.tokens, slots.logp, slots.length, slots.done, slots.kept,
+      decode.Responses(slots.tokens, slots.logp, slots.length, slots.done, slots.fault, slots.kept,
                        slots_lib.traffic(slots) if config.pooled else None), slots.active, took))
     at = 0 if queue else 1
     taken[at] += steps
     decoded[at] += count
     if rows.look(found, active, weights.version, stop):
       slots = slots_lib.release(slots, np.asarray([job is not None for job in rows.held]))
-  rollout = _assemble(prompts, rows.drawn, settings, rows.version)
+  rollout = _assemble(prompts, rows.drawn, settings,
+                      np.int32(version) if refresh is None else rows.version)
   share = lambda part, steps: float(part / max(1, steps * engine.slots))
   return rollout, Stats(int(taken.sum()), queue.prefills, int(decoded.sum()),
                         share(decoded.sum(), taken.sum()), share(decoded[0], taken[0]))

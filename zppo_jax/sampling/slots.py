@@ -35,6 +35,7 @@ class Slots:
   limit: Array  # i32[B], most response tokens
   active: Array  # bool[B]
   done: Array  # bool[B], ended by a stop token
+  fault: Array  # bool[B], ended by logits that are not finite
   keys: Array  # key[B]
   forced: Array  # i32[B, F]
   forced_length: Array  # i32[B]
@@ -54,7 +55,8 @@ def empty(config: ModelConfig, key: Array, *, rows: int, size: int, prompt: int,
     logits=jnp.zeros((rows, config.vocab)), tokens=jnp.zeros((rows, width), jnp.int32),
     logp=jnp.zeros((rows, width)),
     kept=jnp.zeros((rows, width)) if settings.filtered else None, length=zeros, limit=zeros,
-    active=zeros > 0, done=zeros > 0, keys=rng.fold_each(key, zeros, zeros),
+    active=zeros > 0, done=zeros > 0, fault=zeros > 0,
+    keys=rng.fold_each(key, zeros, zeros),
     forced=jnp.zeros((rows, forced), jnp.int32), forced_length=zeros,
     rules=rules.init(settings.chain, rules.Given(
       jnp.zeros((rows, prompt), jnp.int32), zeros, config.vocab, width)))
@@ -94,7 +96,7 @@ def insert(config: ModelConfig, slots: Slots, key: Array, prefix, target: Array,
     tokens=blank(slots.tokens), logp=blank(slots.logp), kept=jax.tree.map(blank, slots.kept),
     length=put(slots.length, zero), limit=put(slots.limit, zero + slots.tokens.shape[1]),
     active=put(slots.active, zero == 0), done=put(slots.done, zero > 0),
-    keys=put(slots.keys, rng.fold_each(key, request, sample)),
+    fault=put(slots.fault, zero > 0), keys=put(slots.keys, rng.fold_each(key, request, sample)),
     forced=put(slots.forced, forced), forced_length=put(slots.forced_length, forced_length),
     rules=jax.tree.map(lambda old, new: put(old, new[source]), slots.rules, first))
 
@@ -104,7 +106,8 @@ def append(config: ModelConfig, params: Params, slots: Slots, held: Array, token
            length: Array) -> Slots:
   """Slot b keeps its first held[b] tokens and goes on with length[b] tokens of i32[B, C].
 
-  Slots with length 0 stay as they are. A recurrence cannot be cut: held[b] is 0 or all of it.
+  Slots with length 0 stay as they are. A recurrence cannot be cut: held[b] is 0 or all of it. A
+  token whose states are not finite makes the logits behind all later ones NaN.
   """
   if config.sparse is not None and tokens.shape[1] == 1:
     tokens = jnp.pad(tokens, ((0, 0), (0, 1)))  # a single column would be read as a drawn token
@@ -115,7 +118,11 @@ def append(config: ModelConfig, params: Params, slots: Slots, held: Array, token
     config, params, tokens, cache=dataclasses.replace(slots.cache, layers=layers, length=start),
     segment_ids=masks.segments_from_lengths(length, tokens.shape[1]), want='hidden')
   last = jnp.take_along_axis(out.hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-  logits = jnp.where(fed[:, None], decoder.unembed(config, params, last), slots.logits)
+  used = jnp.arange(tokens.shape[1])[None] < length[:, None]
+  broken = (jnp.any(used & ~jnp.all(jnp.isfinite(out.hidden), axis=-1), axis=1)
+            | (held > 0) & jnp.any(jnp.isnan(slots.logits), axis=1))
+  new = jnp.where(broken[:, None], jnp.nan, decoder.unembed(config, params, last))
+  logits = jnp.where(fed[:, None], new, slots.logits)
   return dataclasses.replace(slots, cache=out.cache, logits=logits)
 
 
@@ -162,21 +169,23 @@ def steps(config: ModelConfig, params: Params, slots: Slots, *, most: int,
     token, logp, kept = decode.force(
       decode.choose(s.logits, rng.fold_each(s.keys, s.length), s.length, settings, s.rules),
       s.forced, s.forced_length, s.length)
-    here = (column == s.length[:, None]) & s.active[:, None]
-    stopped = s.active & jnp.any(token[:, None] == eos, axis=1)
+    live = s.active & decode.is_finite(logp, kept)
+    here = (column == s.length[:, None]) & live[:, None]
+    stopped = live & jnp.any(token[:, None] == eos, axis=1)
     out = decoder.forward(config, params, token[:, None], cache=s.cache, want='hidden',
-                          segment_ids=s.active[:, None].astype(jnp.int32))
-    length = s.length + s.active
+                          segment_ids=live[:, None].astype(jnp.int32))
+    length = s.length + live
     write = lambda old, new: jnp.where(here, new[:, None], old)
     logits = decoder.unembed(config, params, out.hidden[:, 0])
     return Slots(
-      cache=out.cache, logits=jnp.where(s.active[:, None], logits, s.logits),
+      cache=out.cache, logits=jnp.where(live[:, None], logits, s.logits),
       tokens=write(s.tokens, token), logp=write(s.logp, logp),
       kept=jax.tree.map(write, s.kept, kept), length=length, limit=s.limit,
-      active=s.active & ~stopped & (length < s.limit), done=s.done | stopped, keys=s.keys,
-      forced=s.forced, forced_length=s.forced_length,
-      rules=rules.update(settings.chain, s.rules, token, s.length, s.active)), taken + 1, (
-        count + jnp.sum(s.active, dtype=jnp.int32))
+      active=live & ~stopped & (length < s.limit), done=s.done | stopped,
+      fault=s.fault | (s.active & ~live), keys=s.keys, forced=s.forced,
+      forced_length=s.forced_length,
+      rules=rules.update(settings.chain, s.rules, token, s.length, live)), taken + 1, (
+        count + jnp.sum(live, dtype=jnp.int32))
 
   def go_on(carry):
     return (carry[1] < most) & jnp.any(carry[0].active)

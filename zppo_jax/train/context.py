@@ -243,6 +243,13 @@ class StepContext:
     return jax.tree.map(jnp.asarray, dataclasses.replace(
       rollout, role_id=np.full(capacity, types.TEACHER, np.int32)))
 
+  def _count_faults(self, rollout: types.Rollout, rows: int) -> None:
+    """Raises UserError where no row has finite logits: the weights are broken."""
+    bad = int((hosts.fetch(rollout.status)[:rows] == types.NONFINITE).sum())
+    self.count('rollout/nonfinite_frac', bad, rows)
+    if rows and bad == rows:
+      raise UserError(f'rollout: the logits of all {rows} rows are not finite')
+
   def _finish(self, rollout: types.Rollout, groups, size: int, capacity: int, *,
               graded: bool, role: int, texts: list[str] | None = None) -> api.Drawn:
     """Decodes and grades the rows, and puts the rewards into the rollout. A row whose reward is NaN
@@ -251,6 +258,7 @@ class StepContext:
     with self._timer('reward'):
       texts = self._texts(rollout, len(groups) * size, role) if texts is None else texts
       reward, answers = hosts.fetch(rollout.reward), [None] * len(texts)
+      self._count_faults(rollout, len(texts))
       if graded and groups:
         examples = [self.example(g.question) for g in groups for _ in range(size)]
         scores, answers = self._grade(texts, examples)

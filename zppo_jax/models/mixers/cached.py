@@ -20,7 +20,13 @@ Array = jax.Array
 
 def read(config: ModelConfig, query: Array, new: KeyValue | Latent, place: Place, cache, layer,
          prefix, *, window: int = 0, scale: float | None = None, cap: float | None = None):
-  """(what query [B, T, H, K] reads, [B, T, H, V]; the cache with the new keys [B, KV, T, K])."""
+  """(what query [B, T, H, K] reads, [B, T, H, V]; the cache with the new keys [B, KV, T, K]).
+
+  Zeros are written for what is not finite: a masked key of weight 0 would still make NaN of the
+  next row in that place, and the row itself shows it by its residual.
+  """
+  if cache is not None:
+    new = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), new)
   if isinstance(cache, Sparse):
     if isinstance(cache.rows, tls.pool.Pool):
       if query.shape[1] > 1:
