@@ -30,6 +30,7 @@ setup(
     'orbax-checkpoint>=0.11.20',
     'pyarrow>=15',
     'reasoning-gym>=0.1.19',
+    'scipy>=1.11',
     'sentencepiece>=0.2.0',
     'tensorflow-datasets>=4.9.7',
     'tokenizers>=0.20',

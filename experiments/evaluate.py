@@ -5,13 +5,14 @@ python -m experiments.evaluate --config=ml_collections_configs/grpo.py:tiny --wo
 
 The config's `eval` section says how many questions and samples, and how they are drawn. Every
 sample is a line of samples.jsonl; a call that was stopped goes on there. results.json holds avg@n,
-pass@k (unbiased), all@k and maj@k with standard errors and bootstrap intervals over questions.
+pass@k (unbiased), all@k and maj@k with standard errors and 95 % intervals over questions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ def evaluate(config: Any, folder: str, ks: Sequence[int], *, resume: str = 'auto
   import jax
 
   from zppo_jax.evals import samples
-  from zppo_jax.launch import build, validate
+  from zppo_jax.launch import build, roles, validate
   from zppo_jax.mesh import hosts
   from zppo_jax.rewards.grade import Grader
 
@@ -40,7 +41,9 @@ def evaluate(config: Any, folder: str, ks: Sequence[int], *, resume: str = 'auto
   if not config.init.checkpoint:
     raise UserError('init.checkpoint: the weights to evaluate must be given, got none')
   validate.validate(config, num_devices=len(jax.devices()))
-  place = workdir.prepare(folder, config, resume, cleanup).path
+  if resume == 'must' and not os.path.exists(os.path.join(folder, samples.FILE)):
+    raise UserError(f'resume=must, but there is no {samples.FILE} in {folder}')
+  place = workdir.prepare(folder, config, 'never' if resume == 'never' else 'auto', cleanup).path
   with Grader(deadline_s=config.data.deadline_secs) as grader:
     run = build.build(config, place, grader=grader)
     given = run.eval_settings
@@ -48,11 +51,14 @@ def evaluate(config: Any, folder: str, ks: Sequence[int], *, resume: str = 'auto
     count = min(given.num_questions, len(setup.questions.source))
     with jax.set_mesh(setup.mesh):
       rows = samples.draw(setup, run.warm_start, questions=count, samples=given.samples,
-                          chunk=given.chunk, path=os.path.join(place, samples.FILE))
+                          chunk=given.chunk, path=os.path.join(place, samples.FILE),
+                          weights=roles.weights_name(config.init.checkpoint))
   found = samples.summarise(rows, ks, seed=config.seed)
   if hosts.is_first():
     with open(os.path.join(place, 'results.json'), 'w', encoding='utf-8') as file:
-      json.dump(dict(questions=count, samples=given.samples, results=found), file, indent=2)
+      shown = {name: {k: None if math.isnan(x) else x for k, x in row.items()}
+               for name, row in found.items()}
+      json.dump(dict(questions=count, samples=given.samples, results=shown), file, indent=2)
   return found
 
 

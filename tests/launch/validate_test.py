@@ -79,6 +79,17 @@ CASES = (
   ('zppo', dict(method__iterations=99), 'iterations must be in 1..num_new = 32, got 99'),
   ('zppo', dict(method__compress_tokens=100), 'rollout.reformulated_tokens: 184 cannot hold'),
   ('zppo', dict(method__compress='teacher'), 'rollout.write_prompt_tokens'),
+  ('zppo', dict(method__compress='teacher', rollout__write_prompt_tokens=40),
+   'rollout.write_prompt_tokens: must be at least 41, got 40'),
+  ('zppo', dict(method__name='zppo_hint'), 'rollout.write_prompt_tokens: must be at least'),
+  ('zppo', dict(method__name='zppo_prefix', method__prefix_tokens=0),
+   'prefix_tokens must be at least 1 with guide=prefix, got 0'),
+  ('grpo', dict(eval__temperature=0.0, eval__samples=4), 'samples must be 1'),
+  ('grpo', dict(eval__top_p=1.5), 'eval: top_p must be in (0, 1], got 1.5'),
+  ('grpo', dict(eval__min_p=-1.0), 'eval: min_p must be in [0, 1), got -1.0'),
+  ('grpo', dict(log__profile_steps=0), 'log.profile_steps'),
+  ('grpo', dict(method__name='remax', max_staleness=2, method__correction='token_tis'),
+   'max_staleness: 2, but remax keeps one baseline'),
   ('zppo', dict(rollout__max_new_tokens=40_000), 'exceeds model.context = 32768'),
   ('zppo', dict(max_staleness=1), 'max_staleness: 1 without a sampler correction'),
   ('zppo', dict(rollout__sparse__top_tokens=64),
@@ -138,7 +149,9 @@ def test_sparse_rollouts_are_corrected_or_named(changes):
 
 
 def test_correction_allows_staleness():
-  assert problems(load('grpo', max_staleness=1, method__correction='token_tis')) == []
+  for name in ('grpo', 'remax'):
+    assert problems(load('grpo', max_staleness=1, method__correction='token_tis',
+                         method__name=name)) == []
 
 
 def test_unparsable_answers_and_bad_lines_name_file_line_and_reason(tmp_path):

@@ -60,6 +60,7 @@ class FakeContext:
   teacher_right: frozenset[int] = frozenset()
   writer: object = None
   cut_questions: frozenset[int] = frozenset()  # whose teacher answers were cut by length
+  too_long: frozenset[int] = frozenset()  # whose reformulated prompts have no room
   step: int = 0
   reward: object = None  # reward(group, sample) of second-phase rows; 0 by default
   fresh: int = 1000  # next id of the loader
@@ -94,6 +95,9 @@ class FakeContext:
 
   def decode(self, ids):
     return ''.join(map(chr, ids))
+
+  def fits(self, group, *, reformulated=False):
+    return group.question not in self.too_long
 
   def count(self, name, numerator, denominator):
     self.counts[name][0] += numerator

@@ -18,7 +18,7 @@ from zppo_jax.methods import reformulate as text
 from zppo_jax.models import decoder
 from zppo_jax.models import params as params_lib
 from zppo_jax.replay import prompts as prompt_buffer
-from zppo_jax.train import context, prepare
+from zppo_jax.train import context, observe, prepare
 from zppo_jax.train import run as run_lib
 
 BCQ, NCQ = zppo.BCQ, zppo.NCQ
@@ -624,3 +624,33 @@ def test_every_baseline_of_the_table_is_a_switch_of_this_builder():
                      buffer_capacity=10_000, iterations=4, eps_low=0.2, eps_high=0.28,
                      dual_clip=10.0, norm='without_zero', num_new=384, compress_tokens=512)
     assert {k: getattr(row.defaults, k) for k in published} == published
+
+
+def test_an_answer_of_any_length_ends_no_run():
+  """What has no room is dropped and counted; long answers are neither listed nor restored."""
+  ctx, config = FakeContext(too_long=frozenset({1})), small()
+  drawn = make_drawn([api.Group(q) for q in range(3)], [[0.0, 0.0]] * 3)
+  chosen = [zppo.Instance(s, NCQ, (f'A{s}', f'B{s}'), ('7', '8')) for s in range(3)]
+  groups = zppo.build_groups(config, drawn, chosen, ctx)
+  assert [g.question for g in groups] == [0, 2]
+  assert ctx.counts['second_phase/no_room_frac'] == [1, 3]
+  box = '9' * 257
+  body = text.build_ncq('Q?', ['t'] * 2, ['7', box])
+  assert '\\boxed{7}' in body and box not in body
+  assert text.restore_answer(f'\\boxed{{{box}}}', 'cut') == 'cut'
+  _, real = real_context('zppo')
+  fits = [real.fits(api.Group(3, messages=(types.Message('user', 'x' * n),)), reformulated=True)
+          for n in (tiny.REFORMULATED - 1, tiny.REFORMULATED)]
+  assert fits == [True, False]
+
+
+def test_rewards_of_given_answers_are_not_the_students():
+  """A student that solves nothing, with a teacher's answer in the place of one of its own."""
+  groups = [api.Group(0), api.Group(1)]
+  drawn = make_drawn(groups, [[0.0] * 4] * 2)
+  given = make_drawn([dataclasses.replace(groups[0], response=(1,))], [[1.0]], role=types.TEACHER)
+  shown = observe.rollout_metrics([guidance._replace_rows(drawn, given, [2])])
+  assert shown['reward/mean'] == shown['reward/max'] == shown['group/kind0_accuracy'] == 0
+  assert shown['group/pass_rate_zero'] == 1 and shown['group/kind0_zero_var_frac'] == 0.5
+  teacher = make_drawn(groups, [[1.0] * 4] * 2, role=types.TEACHER)
+  assert observe.rollout_metrics([teacher])['reward/mean'] == 1

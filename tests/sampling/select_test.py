@@ -47,21 +47,24 @@ def test_best_of_n_takes_the_first_of_equals_and_never_nan():
 def test_majority_of_all_and_of_subsets():
   rng = np.random.default_rng(0)
   groups, right = [0, 1, 1, 0, 2, -1], [True, False, False, True, False, False]
-  assert select.maj_at_k(groups, right, 6, rng) == 1.0  # tied with 1, appears first
-  assert select.maj_at_k([0, 1, 1], [True, False, False], 3, rng) == 0.0
-  assert select.maj_at_k([-1, -1], [False, False], 2, rng) == 0.0
-  assert math.isnan(select.maj_at_k(groups, right, 7, rng))
+  assert select.maj_at_k(groups, right, 6, rng) == (1.0, 0.5)  # tied with 1, appears first
+  assert select.maj_at_k([0, 1, 1], [True, False, False], 3, rng) == (0.0, 0.0)
+  assert select.maj_at_k([-1, -1], [False, False], 2, rng) == (0.0, 0.0)
+  assert all(map(math.isnan, select.maj_at_k(groups, right, 7, rng)))
 
   def by_hand(k):
-    won = []
+    won, shared = [], []
     for rows in itertools.combinations(range(6), k):
       votes = [groups[r] for r in rows if groups[r] >= 0]
       if not votes:
         won.append(False)
+        shared.append(0.0)
         continue
       winner = max(dict.fromkeys(votes), key=votes.count)  # max keeps the first of equals
       won.append(right[groups.index(winner)])
-    return np.mean(won)
+      tied = [v for v in set(votes) if votes.count(v) == votes.count(winner)]
+      shared.append(np.mean([right[groups.index(v)] for v in tied]))
+    return np.mean(won), np.mean(shared)
 
   for k in (1, 2, 3, 5):
     found = select.maj_at_k(groups, right, k, rng, subsamples=4000)

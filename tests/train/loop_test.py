@@ -138,6 +138,35 @@ def test_non_finite_gradient_stops_with_the_step_and_keeps_the_state(tmp_path):
   assert workdir.latest_step(str(tmp_path)) == 2
 
 
+def test_the_profiler_runs_in_its_window_wherever_the_run_begins(tmp_path, monkeypatch):
+  """Also beyond the last step, and in a run that goes on inside the window."""
+  calls, at = [], [0]
+  monkeypatch.setattr(jax.profiler, 'start_trace', lambda _: calls.append(('start', at[0])))
+  monkeypatch.setattr(jax.profiler, 'stop_trace', lambda: calls.append(('stop', at[0])))
+  run = small_run(tmp_path)
+  programs = run_lib.compile_programs(run)
+  monkeypatch.setattr(loop, 'compile_programs', lambda run: programs)
+  real = loop.sample
+
+  def counted(run, params, state, step, *args):
+    at[0] = step
+    return real(run, params, state, step, *args)
+
+  def window(start, steps, **settings):
+    return dataclasses.replace(run, settings=dataclasses.replace(
+      run.settings, profile_start=start, profile_steps=steps, **settings))
+
+  monkeypatch.setattr(loop, 'sample', counted)
+  loop.train(window(1, 2, num_steps=2))  # ends inside the window
+  assert calls == [('start', 0), ('stop', 1)]
+  calls.clear()
+  loop.train(window(1, 2))  # goes on at step 2, inside it; stops before step 3
+  assert calls == [('start', 1), ('stop', 2)]
+  calls.clear()
+  loop.train(window(9, 2, num_steps=5))
+  assert calls == []
+
+
 def test_weights_that_are_not_numbers_are_named_at_the_first_rollout(tmp_path):
   run = small_run(tmp_path)
   broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), run.warm_start)

@@ -76,3 +76,18 @@ def test_a_phase_that_cannot_be_interrupted_ends_the_process(capfd):
   told = capfd.readouterr().err
   assert "phase 'update' took longer than log.phase_limit_s = 0.1 and cannot be inter" in told
   assert 'most recent call first' in told and 'test_a_phase_that_cannot' in told  # the stacks
+
+
+def test_a_phase_that_ends_at_its_limit_is_never_taken_for_one_that_hangs():
+  """The signal may come while the phase is being taken off."""
+  killed, late = [], 0
+  with watchdog.Watchdog(0.004, grace_s=0.05, kill=killed.append) as watch:
+    for i in range(150):
+      try:
+        with watch('p'):
+          time.sleep(0.0036 + 0.00001 * (i % 60))
+      except UserError:
+        late += 1
+      assert watch._phases == []
+    time.sleep(0.1)
+  assert not killed and late > 0

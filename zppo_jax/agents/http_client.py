@@ -25,7 +25,8 @@ from zppo_jax.core import errors
 _CONNECT_S, _FIRST_WAIT_S, _LONGEST_WAIT_S = 10.0, 0.5, 30.0  # a lost SYN must leave time
 _EMBED_ROWS = 64  # texts per request
 _MOST = 1e9  # of any number that is given: more seconds are too many for a socket
-_OWN_FIELDS = {'model', 'messages', 'tools', 'temperature', 'top_p', 'max_tokens', 'stop', 'seed',
+_OWN_FIELDS = {'model', 'messages', 'tools', 'temperature', 'top_p', 'top_k', 'min_p', 'max_tokens',
+               'stop', 'seed',
                'n', 'logprobs', 'stream', 'input'}
 
 
@@ -165,6 +166,8 @@ class HTTPClient:
       'model': self._model, 'messages': [chat_json.write_message(m) for m in request.messages],
       self._tokens_field: request.max_tokens, 'temperature': request.temperature,
       'top_p': request.top_p}
+    body |= {name: value for name, value in (('top_k', request.top_k), ('min_p', request.min_p))
+             if value}  # not every server knows them
     body |= chat_json.given({
       'tools': [{'type': 'function', 'function': dataclasses.asdict(t)} for t in request.tools],
       'stop': list(request.stop), 'logprobs': self._logprobs})

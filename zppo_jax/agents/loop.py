@@ -93,6 +93,8 @@ class Sampling:
 
   temperature: float = 1.0
   top_p: float = 1.0
+  top_k: int = 0
+  min_p: float = 0.0
   stop: tuple[str, ...] = ()
   seed: int = 0
 
@@ -141,7 +143,8 @@ def _request(live: _Live, call: Call, client: LMClient, limits: Limits, how: Sam
   name = f'{live.task.uid}/{live.repetition}/{live.turns}'
   return GenRequest(
     messages=call.messages, token_ids=ids or None, max_tokens=room, temperature=how.temperature,
-    top_p=how.top_p, stop=how.stop, seed=rng.name_hash(f'{how.seed}/{name}'))
+    top_p=how.top_p, top_k=how.top_k, min_p=how.min_p, stop=how.stop,
+    seed=rng.name_hash(f'{how.seed}/{name}'))
 
 
 def _ask(lives, wanted, agent: Agent, clients, limits, how) -> None:

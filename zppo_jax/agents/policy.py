@@ -86,7 +86,8 @@ class PolicyClient:
   def _settings(self, r: GenRequest) -> decode.Settings:
     return decode.Settings(
       max_new_tokens=self._most, eos_ids=(self._stop_id,), temperature=float(r.temperature),
-      top_p=float(r.top_p), group_size=max(1, r.n) if r.temperature < decode.GREEDY_BELOW else 1)
+      top_k=int(r.top_k), top_p=float(r.top_p), min_p=float(r.min_p),
+      group_size=max(1, r.n) if r.temperature < decode.GREEDY_BELOW else 1)
 
   def _draw(self, settings, stop, asked) -> dict[tuple[int, int], Completion]:
     text = self._tokenizer.decode

@@ -42,6 +42,8 @@ class GenRequest:
   max_tokens: int = 256
   temperature: float = 1.0
   top_p: float = 1.0
+  top_k: int = 0  # 0 = all
+  min_p: float = 0.0
   stop: tuple[str, ...] = ()
   seed: int | None = None
   n: int = 1

@@ -4,6 +4,7 @@ published checkpoint folder."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from typing import Any
@@ -14,6 +15,7 @@ from zppo_jax import models
 from zppo_jax.core.errors import UserError
 from zppo_jax.data import jinja_templates
 from zppo_jax.data import tokenizer as tokenizer_lib
+from zppo_jax.launch import workdir as workdir_lib
 from zppo_jax.mesh import hosts, place
 from zppo_jax.models import config as config_lib
 from zppo_jax.models import hf_config, lora, presets
@@ -128,6 +130,17 @@ def load_policy(folder: str, mesh) -> tuple[ModelConfig, Any, dict[str, Any]]:
             load_policy(own['base'], mesh)[1])
     params = lora.merge(config, base, params, alpha=own['alpha'])
   return config, params, facts
+
+
+def weights_name(folder: str) -> str:
+  """Which weights a checkpoint folder holds now: a run's newest step, or the files of a published
+  one by size and time."""
+  place = os.path.abspath(folder)
+  if not is_published(folder):
+    return f'{place} at step {workdir_lib.latest_step(place)}'
+  files = sorted(f for f in os.listdir(folder) if f.endswith('.safetensors'))
+  facts = [(f, s.st_size, s.st_mtime_ns) for f in files for s in [os.stat(os.path.join(folder, f))]]
+  return f'{place}, {hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}'
 
 
 def load_with_tokenizer(folder: str, mesh, dtype: str | None = None) -> Policy:

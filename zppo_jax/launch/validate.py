@@ -24,6 +24,7 @@ from zppo_jax.methods import api, reformulate, table
 from zppo_jax.models import config as model_lib
 from zppo_jax.models import lora, presets
 from zppo_jax.models import params as params_lib
+from zppo_jax.sampling import decode
 
 RANGES = {  # dotted field -> (low, low is excluded)
   'num_steps': (1, False), 'max_staleness': (0, False), 'rollout.prompt_tokens': (1, False),
@@ -38,8 +39,9 @@ RANGES = {  # dotted field -> (low, low is excluded)
   'eval.every_steps': (0, False), 'eval.num_questions': (1, False), 'eval.chunk': (1, False),
   'eval.samples': (1, False), 'eval.temperature': (0, False), 'log.every_steps': (1, False),
   'log.dump_every_steps': (0, False), 'log.dump_rows': (1, False),
-  'log.phase_limit_s': (0, False), 'ckpt.every_steps': (1, False), 'ckpt.keep': (1, False),
-  'data.size': (1, False), 'data.eval_size': (1, False),
+  'log.phase_limit_s': (0, False), 'log.profile_steps': (1, False),
+  'ckpt.every_steps': (1, False), 'ckpt.keep': (1, False), 'data.size': (1, False),
+  'data.eval_size': (1, False),
   'data.deadline_secs': (0, True), 'lora.rank': (0, False), 'lora.alpha': (0, True),
 }
 
@@ -169,11 +171,29 @@ def _roles(config: Any, method: Any) -> list[Problem]:
                          'leave it empty'))
   if 'reference' in needs and not config.init.checkpoint:
     found.append(Problem('init.checkpoint', 'a KL penalty needs a reference: the initial policy'))
-  if getattr(method, 'compress', '') == 'teacher' and getattr(method, 'reformulates', False):
-    if config.rollout.write_prompt_tokens < 1:
-      found.append(Problem('rollout.write_prompt_tokens',
-                           'must be at least 1 with compress=teacher, got 0'))
-  return found
+  return found + _instructions(config, method)
+
+
+def _instructions(config: Any, method: Any) -> list[Problem]:
+  """Room for what the teacher is told to write: its own answer, and what to do with it."""
+  guide = getattr(method, 'guide', 'none')
+  if not (guide == 'hint' or (getattr(method, 'reformulates', False)
+                              and method.compress == 'teacher')):
+    return []
+  source = config.rollout.max_new_tokens + (config.rollout.prompt_tokens if guide == 'hint' else 0)
+  return check_range('rollout.write_prompt_tokens', config.rollout.write_prompt_tokens,
+                     low=source + 1)
+
+
+def _evaluation(config: Any) -> list[Problem]:
+  """How answers are drawn for evaluation, in the sampler's own words."""
+  e = config.eval
+  try:
+    decode.check_settings(decode.Settings(
+      config.rollout.max_new_tokens, (0,), e.samples, e.temperature, e.top_k, e.top_p, e.min_p))
+  except ValueError as error:
+    return [Problem('eval', str(error).replace('group_size', 'samples'))]
+  return []
 
 
 def _adapters(config: Any, method: Any, model: Any) -> list[Problem]:
@@ -196,7 +216,12 @@ def _adapters(config: Any, method: Any, model: Any) -> list[Problem]:
 
 
 def _staleness(config: Any, method: Any) -> list[Problem]:
-  if method is None or not config.max_staleness or config.allow_uncorrected_staleness:
+  if method is None or not config.max_staleness:
+    return []
+  if config.max_staleness > 1 and 'fresh_explore' in build.build_method(config).needs:
+    return [Problem('max_staleness', f'{config.max_staleness}, but {config.method.name} keeps one '
+                    'baseline, that of the newest batch: must be at most 1')]
+  if config.allow_uncorrected_staleness:
     return []
   if getattr(method, 'correction', 'none') != 'none':
     return []
@@ -255,6 +280,7 @@ def problems(config: Any, *, num_devices: int, aot: bool = False) -> list[Proble
   if model is not None:
     found += _lengths(config, method, model)
   found += _sharding(config, method, model, num_devices) + turns.problems(config)
+  found += _evaluation(config)
   return (found + _adapters(config, method, model) + _staleness(config, method)
           + _sparse(config, method, model, aot))
 

@@ -94,6 +94,9 @@ class Context(Protocol):
     `reformulated` takes the long prompt bucket; `forced_tokens` is the static room for prefixes.
     """
 
+  def fits(self, group: Group, *, reformulated: bool = False) -> bool:
+    """Whether the group's prompt has room in the bucket that `draw` would take."""
+
   def decode(self, ids: Sequence[int]) -> str:
     """Text of token ids."""
 
@@ -178,7 +181,8 @@ class Method:
   summary(state) -> {metric: scalar}                                  jitted
   `capacity` counts the group slots of the first phase. `needs` names roles and features among
   'old_logp', 'reference', 'teacher_logp', 'teacher_hidden', 'critic', 'teacher' (text), 'solutions'
-  (given responses, which must fit their bucket).
+  (given responses, which must fit their bucket), 'fresh_explore' (credit reads what the explore of
+  the same batch left in the state: no other batch may be sampled in between).
   """
 
   plan: Callable

@@ -13,6 +13,7 @@ import math
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from zppo_jax.core import types
 from zppo_jax.methods import api, common, second_phase
@@ -63,7 +64,8 @@ def _teacher_rows(c: Config, capacity: int):
     groups = [g for g in drawn.groups if g is not None]
     answers = ctx.draw(groups, capacity=capacity, first_id=capacity,
                        group_size=c.teacher_group_size, role=types.TEACHER)
-    ctx.count('teacher/accuracy', float(answers.reward.sum()), len(groups) * c.teacher_group_size)
+    scored = answers.reward[:len(groups) * c.teacher_group_size]
+    ctx.count('teacher/accuracy', float(np.nansum(scored)), int(np.isfinite(scored).sum()))
     return state, [drawn, answers]
 
   return explore

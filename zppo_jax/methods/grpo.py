@@ -168,6 +168,7 @@ def build(c: Config) -> api.Method:
   needs = {'old_logp'} if c.iterations > 1 or c.correction != 'none' or c.kl_in_reward else set()
   fields = {}
   if c.estimator == 'remax':
+    needs.add('fresh_explore')
     fields = dict(explore=_greedy_baseline(c), init=lambda key: jnp.zeros(c.num_new))
   elif c.dynamic_sampling:
     fields = dict(explore=_fill(c))

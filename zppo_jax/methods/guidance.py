@@ -26,7 +26,7 @@ def tail(source: str, ctx: api.Context, max_tokens: int) -> str:
 
 
 def _answer_line(source: str) -> str:
-  answer = text.extract(source)
+  answer = text.short_answer(source)
   if answer is None:
     return 'The source gives no final answer: do not add one.'
   return f'The final answer to copy is \\boxed{{{answer}}}.'
@@ -87,6 +87,7 @@ def hint(c, capacity: int):
       groups.append(api.Group(drawn.groups[slot].question, kind=HINT,
                               messages=(*messages[:-1], types.Message('user', body))))
     ctx.count('hint/leaks', leaks, len(picked))
+    groups = second_phase.with_room(groups, ctx)
     return state, [drawn, ctx.draw(groups, capacity=c.num_aug, first_id=capacity,
                                    reformulated=True)]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from zppo_jax.rewards.answers import extract
+from zppo_jax.rewards.answers import MAX_CHARS, extract
 from zppo_jax.rewards.grade import normalise_distinct
 
 
@@ -73,14 +73,20 @@ def build_bcq(question: str, right: str, wrong: str, rng: np.random.Generator,
   return _join([question, wording.bcq, *(_block(t, wording) for t in pair)])
 
 
+def short_answer(source: str) -> str | None:
+  """The boxed answer of a trace, if it has one that no grader would refuse for its length."""
+  answer = extract(source)
+  return None if answer is None or len(answer) > MAX_CHARS else answer
+
+
 def build_ncq(question: str, traces: Sequence[str], answers: Sequence[str | None],
               wording: Wording = FULL) -> str:
   """The question, the distinct wrong answers boxed, and every wrong trace.
 
-  Answers that did not parse add a trace but no listed answer; with none parsed the list is
-  left out.
+  Answers that did not parse, or that no grader would read for their length, add a trace but no
+  listed answer; with none left there is no list.
   """
-  distinct = normalise_distinct(answers)
+  distinct = normalise_distinct([a for a in answers if a is None or len(a) <= MAX_CHARS])
   listed = ', '.join(f'\\boxed{{{clean(a, wording)}}}' for a in distinct)
   return _join([question, wording.ncq + listed if distinct else '', wording.traces,
                 *(_block(t, wording) for t in traces)])
@@ -93,10 +99,11 @@ def build_hint(question: str, hint: str, wording: Wording = FULL) -> str:
 
 
 def prompt_bound(prompt_tokens: int, group_size: int, compress_tokens: int, wording: str) -> int:
-  """Tokens that a BCQ or NCQ prompt can need at most, as the config check demands.
+  """Tokens of a BCQ or NCQ prompt that the config check demands room for.
 
-  Room for every candidate with its tags and listed answer; the longest sentences are the spec's 256
-  tokens, and none at all for the short wording.
+  Room for every candidate with its tags and a listed answer of some tokens; the longest sentences
+  are the spec's 256 tokens, and none at all for the short wording. A prompt that needs more, for
+  answers may be long, is dropped and counted (`second_phase.with_room`).
   """
   per_candidate, fixed = (16, 256) if wording == 'full' else (12, 8)
   return prompt_tokens + group_size * (compress_tokens + per_candidate) + fixed
@@ -128,7 +135,7 @@ def keeps_answer(source: str, summary: str) -> bool:
 
 def restore_answer(source: str, summary: str) -> str:
   """Appends the source's boxed answer where the summary was cut off before it."""
-  answer = extract(source)
+  answer = short_answer(source)
   if answer is None or extract(summary) is not None:
     return summary
   return _join([summary, f'\\boxed{{{answer}}}'])

@@ -68,6 +68,14 @@ def right_traces(drawn: api.Drawn, slots: Sequence[int], ctx: api.Context, *, gr
   return found
 
 
+def with_room(groups: Sequence[api.Group], ctx: api.Context) -> list[api.Group]:
+  """The reformulated groups whose prompts fit; the others are dropped and counted, for no answer of
+  any length may end a run."""
+  fine = [g for g in groups if ctx.fits(g, reformulated=True)]
+  ctx.count('second_phase/no_room_frac', len(groups) - len(fine), len(groups))
+  return fine
+
+
 def replay_plan(num_replay: int) -> Callable:
   """Plan: the new questions, then uniform draws from the buffer (state.buffer) without doubles."""
   pick = jax.jit(prompt_buffer.sample, static_argnums=2)
@@ -86,13 +94,14 @@ def replay_plan(num_replay: int) -> Callable:
 def plain_accuracy(rollout: types.Rollout, *, capacity: int, group_size: int):
   """Question id i32[P], accuracy f32[P] and ok bool[P] of the first-phase slots.
 
-  A teacher's row stands where a wrong row of the student stood, and counts as that.
+  A teacher's row stands where a wrong row of the student stood, and counts as that. A group with a
+  row that nothing scored (reward NaN) has no accuracy.
   """
   rows = capacity * group_size
   ids = rollout.question_id[:rows].reshape(capacity, group_size)[:, 0]
   reward = jnp.where(rollout.role_id == types.POLICY, rollout.reward, 0.0)
   accuracy = reward[:rows].reshape(capacity, group_size).mean(axis=1)
-  ok = rollout.valid[:rows].reshape(capacity, group_size).all(axis=1)
+  ok = rollout.valid[:rows].reshape(capacity, group_size).all(axis=1) & jnp.isfinite(accuracy)
   return ids, accuracy, ok
 
 

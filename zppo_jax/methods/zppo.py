@@ -46,7 +46,7 @@ class Config:
   use_buffer: bool = True
   guide: Literal['none', 'hint', 'prefix', 'teacher_response'] = 'none'
   prefix_fraction: float = 0.4
-  prefix_tokens: int = 4096  # static cap of the forced prefix
+  prefix_tokens: int = 4915  # static cap of the forced prefix: .4 of the published 12 288
   compress: Literal['teacher', 'tail'] = 'teacher'
   compress_tokens: int = 512
   wording: Literal['full', 'short'] = 'full'
@@ -78,6 +78,7 @@ def check(c: Config) -> None:
     ('compress_tokens', c.compress_tokens >= 1, 'at least 1'),
     ('teacher_chunk', c.teacher_chunk >= 1, 'at least 1'),
     ('prefix_fraction', 0 < c.prefix_fraction < 1, 'in (0, 1)'),
+    ('prefix_tokens', c.prefix_tokens >= 1 or c.guide != 'prefix', 'at least 1 with guide=prefix'),
     ('guide', c.guide == 'none' or not c.reformulates, 'none while use_bcq or use_ncq is on'))
   found = [f'{n} must be {bound}, got {getattr(c, n)!r}' for n, fine, bound in rules if not fine]
   if (c.reformulates or c.guide in ('hint', 'prefix')) and c.num_aug < 1:
@@ -146,7 +147,7 @@ def build_groups(c: Config, drawn: api.Drawn, instances: list[Instance], ctx: ap
       body = text.build_ncq(messages[-1].content, traces, instance.answers, wording)
     messages = (*messages[:-1], types.Message('user', body))
     groups.append(api.Group(question, kind=instance.kind, messages=messages))
-  return groups
+  return second_phase.with_room(groups, ctx)
 
 
 def _reformulate(c: Config, capacity: int):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import stats
 
 
 def standard_error(values: Sequence[float], clusters: Sequence | None = None) -> float:
@@ -30,6 +31,13 @@ def paired_error(a: Sequence[float], b: Sequence[float]) -> float:
   if len(a) != len(b):
     raise ValueError(f'a and b must be of the same questions, got {len(a)} and {len(b)}')
   return standard_error(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+
+
+def normal(mean: float, error: float, count: int, *, level: float = 0.95) -> tuple[float, float]:
+  """mean -+ z error, with Student's t for z under 30 values; NaN where the error is."""
+  tail = (1 + level) / 2
+  z = stats.t.ppf(tail, count - 1) if count < 30 else stats.norm.ppf(tail)
+  return mean - float(z) * error, mean + float(z) * error
 
 
 def bootstrap(values: Sequence, statistic: Callable[[np.ndarray], float], rng: np.random.Generator,

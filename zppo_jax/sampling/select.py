@@ -76,28 +76,27 @@ def best_of_n(scores: Sequence[float]) -> int:
 
 
 def maj_at_k(groups: Sequence[int], right: Sequence[bool], k: int, rng: np.random.Generator, *,
-             subsamples: int = 100) -> float:
+             subsamples: int = 100) -> tuple[float, float]:
   """Chance that the vote of k samples without replacement is right; NaN if n < k.
 
-  Exact for k = n, else the mean over `subsamples` draws. Ties go to the cluster that appears
-  first; samples without an answer have no vote.
+  Exact for k = n, else the mean over `subsamples` draws. Ties go to the cluster that appears first,
+  in the second figure equally to all of them; samples without an answer have no vote.
   """
   groups, right = np.asarray(groups), np.asarray(right, bool)
   _check(len(groups), int(right.sum()), k)
   if len(groups) < k:
-    return math.nan
+    return math.nan, math.nan
 
-  def won(rows):
+  def won(rows) -> tuple[float, float]:
     rows = np.sort(rows)
     names = {g: i for i, g in reversed(list(enumerate(groups[rows])))}  # first appearance
     order = sorted(names, key=names.get)
     renamed = [order.index(g) if g >= 0 else -1 for g in groups[rows]]
     winners = vote(renamed)
-    if not winners:
-      return False
-    return bool(right[rows][renamed.index(winners[0])])
+    good = [float(right[rows][renamed.index(w)]) for w in winners]
+    return (good[0], sum(good) / len(good)) if good else (0.0, 0.0)
 
   if len(groups) == k:
-    return float(won(np.arange(k)))
-  return float(np.mean([won(rng.choice(len(groups), k, replace=False))
-                        for _ in range(subsamples)]))
+    return won(np.arange(k))
+  draws = [won(rng.choice(len(groups), k, replace=False)) for _ in range(subsamples)]
+  return tuple(float(x) for x in np.mean(draws, axis=0))

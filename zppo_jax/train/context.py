@@ -123,6 +123,12 @@ class StepContext:
       raise UserError(f'{what}: question {uid} (row {group.question}, kind {group.kind}) has '
                       f'{len(ids)} tokens, the largest bucket holds {bucket}')
 
+  def _bucket(self, reformulated: bool) -> int:
+    return self._setup.reformulated_tokens if reformulated else self._setup.prompt_tokens
+
+  def fits(self, group: api.Group, *, reformulated: bool = False) -> bool:
+    return len(self._prompt_ids(group)) <= self._bucket(reformulated)
+
   def _prompts(self, groups, *, capacity: int, first_id: int, bucket: int,
                forced_tokens: int, role: int) -> decode.Prompts:
     rows = [self._prompt_ids(g, role) for g in groups]
@@ -152,7 +158,7 @@ class StepContext:
     size = setup.group_size if group_size is None else group_size
     if len(groups) > capacity:
       raise ValueError(f'groups: {len(groups)} do not fit into capacity = {capacity}')
-    bucket = setup.reformulated_tokens if reformulated else setup.prompt_tokens
+    bucket = self._bucket(reformulated)
     if any(g.response is not None for g in groups):
       rollout = self._given(groups, capacity=capacity, first_id=first_id, bucket=bucket)
       return self._finish(rollout, groups, 1, capacity, graded=False, role=types.POLICY)

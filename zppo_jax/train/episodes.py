@@ -44,7 +44,8 @@ def run(e: Episodes, tasks: Sequence[api.Task], *, config: ModelConfig, params: 
                        max_tokens=settings.max_new_tokens, max_prompt_tokens=prompt_tokens)
   found = loop.rollout(
     tasks, e.agent, dict(policy=client), limits=limits, group_size=settings.group_size,
-    sampling=loop.Sampling(settings.temperature, settings.top_p), tools=e.tools, env=e.env)
+    sampling=loop.Sampling(settings.temperature, settings.top_p, settings.top_k, settings.min_p),
+    tools=e.tools, env=e.env)
   for episode in found:
     if episode.status == Status.MODEL_ERROR:
       raise UserError(f'task {episode.task}: {episode.info["reason"]}')

@@ -113,6 +113,7 @@ def train(run: Run) -> state.TrainState:
     try:
       train_state = body.steps(train_state, queue, begin or 0, preemption)
     finally:
+      body.profile(False)
       saver.close()
   return train_state
 
@@ -128,6 +129,7 @@ class _Body:
   writer: MetricWriter
   progress: Progress
   memory: memory.Memory | None = None  # of the train step, once it is compiled
+  tracing: bool = False
 
   def steps(self, train_state, queue, begin: int, preemption: Preemption):
     run, last = self.run, self.run.settings.num_steps
@@ -137,7 +139,8 @@ class _Body:
                                        begin + len(queue), int(train_state.version))
       queue.append(item)
     for at in range(begin, last):
-      self._profile(at)
+      begin_at = run.settings.profile_start
+      self.profile(0 <= begin_at <= at < begin_at + run.settings.profile_steps)
       train_state, metrics, host = self._one(train_state, queue, at)
       done = at + 1
       every = run.settings.eval_every
@@ -243,11 +246,12 @@ class _Body:
       with open(os.path.join(folder, f'step_{at}.jsonl'), 'w', encoding='utf-8') as file:
         file.writelines(json.dumps(row) + '\n' for row in item.dump)
 
-  def _profile(self, at: int) -> None:
-    settings = self.run.settings
-    if settings.profile_start < 0:
+  def profile(self, wanted: bool) -> None:
+    """Starts or stops the profiler where it does not yet do what is wanted."""
+    if wanted == self.tracing:
       return
-    if at == settings.profile_start:
+    self.tracing = wanted
+    if wanted:
       jax.profiler.start_trace(os.path.join(self.run.workdir, 'profile'))
-    if at == min(settings.profile_start + settings.profile_steps, settings.num_steps - 1):
+    else:
       jax.profiler.stop_trace()

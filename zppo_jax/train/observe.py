@@ -12,29 +12,35 @@ from zppo_jax.mesh import hosts
 from zppo_jax.methods import api
 
 
-def _kind_metrics(part: api.Drawn) -> dict[int, list[tuple[float, bool]]]:
-  """(accuracy, trivial) of each group by kind."""
-  reward = part.reward.reshape(-1, part.group_size)
+def _kind_metrics(part: api.Drawn, own: np.ndarray) -> dict[int, list[tuple[float, bool]]]:
+  """(accuracy, trivial) of each group by kind; `own` as `_own_reward`."""
+  shape = -1, part.group_size
   found: dict[int, list[tuple[float, bool]]] = {}
-  for slot, group in enumerate(part.groups):
-    if group is not None:
-      row = reward[slot][np.isfinite(reward[slot])]  # NaN: a fault ended it
-      if not len(row):
-        continue
-      found.setdefault(group.kind, []).append((float(row.mean()), bool(row.max() == row.min())))
+  for group, given, mine in zip(part.groups, part.reward.reshape(shape), own.reshape(shape)):
+    scored = np.isfinite(given)  # NaN: a fault ended it
+    if group is not None and scored.any():
+      found.setdefault(group.kind, []).append(
+        (float(mine[scored].mean()), bool(given[scored].max() == given[scored].min())))
   return found
+
+
+def _own_reward(part: api.Drawn, by_policy: np.ndarray) -> np.ndarray:
+  """Rewards of the student: a given answer stands where a wrong one of its own stood."""
+  return np.where(by_policy, part.reward, 0.0) if by_policy.any() else part.reward
 
 
 def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
   """Rewards, groups, lengths and cost of a step. Plain statistics are over kind-0 policy groups."""
   first = parts[0]
-  valid, masks = zip(*hosts.fetch([(p.rollout.valid, p.rollout.loss_mask) for p in parts]))
+  valid, masks, roles = zip(*hosts.fetch(
+    [(p.rollout.valid, p.rollout.loss_mask, p.rollout.role_id) for p in parts]))
+  own = [_own_reward(p, r == types.POLICY) for p, r in zip(parts, roles)]
   cost = {'rollouts': float(sum(x.sum() for x in valid)),
           'sampled_tokens': float(sum(x.sum() for x in masks))}
   if any(g is not None and g.response is not None for g in first.groups):
     return cost  # given rows: nobody sampled or graded them
   rows = valid[0]
-  reward = first.reward[rows & np.isfinite(first.reward)]
+  reward = own[0][rows & np.isfinite(first.reward)]
   reward = reward if len(reward) else np.zeros(1)
   length, status = (x[rows] for x in hosts.fetch((first.rollout.traj_tokens, first.rollout.status)))
   found = {
@@ -48,8 +54,8 @@ def rollout_metrics(parts: Sequence[api.Drawn]) -> dict[str, float]:
                                                   first.rollout.pool_absent)))
     found |= {'rollout/pool_hits': float(hits.mean()), 'rollout/pool_absent': float(absent.mean())}
   by_kind: dict[int, list[tuple[float, bool]]] = {}
-  for part in parts:
-    for kind, groups in _kind_metrics(part).items():
+  for part, mine in zip(parts, own):
+    for kind, groups in _kind_metrics(part, mine).items():
       by_kind.setdefault(kind, []).extend(groups)
   for kind, groups in sorted(by_kind.items()):
     found[f'group/kind{kind}_count'] = len(groups)

@@ -52,11 +52,13 @@ class Watchdog:
   @contextlib.contextmanager
   def __call__(self, phase: str) -> Iterator[None]:
     """Watches what runs inside; raises UserError, naming the phase and the limit."""
-    self._set([*self._phases, (phase, time.monotonic() + self._limit)])
+    outer = self._phases
+    self._set([*outer, (phase, time.monotonic() + self._limit)])
     try:
       yield
     finally:
-      self._set(self._phases[:-1])
+      self._phases = outer  # first, and without a lock: the signal may interrupt what follows
+      self._set(outer)
 
   def _set(self, phases: list[tuple[str, float]]) -> None:
     with self._change:
@@ -65,6 +67,8 @@ class Watchdog:
 
   def _interrupt(self, *_) -> None:
     if self._overdue in self._phases:  # it may have ended meanwhile
+      # Here the phase ends: the signal may have come where it would just have been taken off.
+      self._phases = self._phases[:self._phases.index(self._overdue)]
       raise UserError(self._message())
 
   def _is_over(self) -> bool:
