@@ -83,6 +83,7 @@ class Writes:
   def __init__(self, inner, *replies):
     self.inner, self.replies = inner, replies
     self.capabilities, self.open, self.turn = inner.capabilities, inner.open, inner.turn
+    self.stop_id = inner.stop_id
     self.requests = []
 
   def generate(self, requests):
@@ -361,3 +362,116 @@ def test_unknown_roles_and_missing_environments_are_named():
     loop.Limits(max_turns=0)
   with pytest.raises(ValueError, match='every uid must occur once'):
     play(scripted('x'), questions(1) * 2)
+
+
+def test_tools_of_several_episodes_run_side_by_side():
+  def slow(arguments, ctx):
+    time.sleep(0.4)
+    return tools_lib.ToolResult('done')
+
+  box = tools_lib.toolbox(tools_lib.Tool(CALCULATOR['calculator'].spec, slow))
+  begin = time.monotonic()
+  found = loop.rollout(questions(8), AGENT, dict(policy=scripted(
+    '<calculator>1</calculator>', 'ok')), limits=LIMITS, tools=box)
+  assert time.monotonic() - begin < 8 * 0.4 and {e.status for e in found} == {Status.FINISHED}
+
+
+class Mute(Exception):
+  def __str__(self):
+    raise RuntimeError('no text')
+
+
+class Odd:
+  """Task 'q0' plays well; the others break the protocol, each in its own way."""
+
+  def reset(self, task, seed):
+    self.uid = task.uid
+    return api.Observation('go')
+
+  def step(self, action):
+    if self.uid == 'q3':
+      raise Mute()
+    good = api.StepResult(api.Observation('over'), np.float32(1.0), True)
+    return {'q0': good, 'q1': None, 'q2': dataclasses.replace(good, reward='much')}[self.uid]
+
+  def close(self):
+    pass
+
+
+def test_an_environment_that_breaks_its_protocol_harms_no_other(tmp_path):
+  path = str(tmp_path / 'episodes.jsonl')
+  model = scripted('go')
+  play_odd = lambda: loop.rollout(questions(4), react.env_agent(), dict(policy=model),
+                                  limits=LIMITS, env=Odd, path=path)
+  found = play_odd()
+  assert [e.status for e in found] == [Status.SUCCEEDED] + [Status.ENV_ERROR] * 3
+  assert 'step returned None' in found[1].info['reason'] and 'Mute' in found[3].info['reason']
+  assert loop.read(path) == {(e.task, e.repetition): e for e in found}
+  asked = len(model.requests) if hasattr(model, 'requests') else None
+  assert play_odd()[0] == found[0] and asked is None  # faults are tried again, the rest is kept
+  assert len((tmp_path / 'episodes.jsonl').read_text().splitlines()) == 4 + 3
+
+
+def test_a_file_that_cannot_be_written_and_bad_counts_cost_no_episode(tmp_path):
+  model = Writes(client())
+  with pytest.raises(FileNotFoundError):
+    play(model, path=str(tmp_path / 'none' / 'episodes.jsonl'))
+  for name, value in (('group_size', 0), ('chunk', -1)):
+    with pytest.raises(ValueError, match=f'{name} must be at least [01], got {value}'):
+      play(model, **{name: value})
+  assert not model.requests
+
+
+def test_limits_count_the_tokens_of_each_role():
+  """A role without tokens speaks first; the policy is bounded as if alone."""
+  first = lambda state: loop.Call(
+    (Message('user', 'a question of some length'),), 'thinker' if state == 0 else 'policy')
+  agent = loop.Agent(lambda task, _: 0, lambda s: loop.Done() if s == 2 else first(s),
+                     lambda s, _: s + 1)
+  for limits, status in ((dict(max_tokens=30), Status.FINISHED),
+                         (dict(max_prompt_tokens=20), Status.MODEL_ERROR)):
+    model = Writes(client(), 'yes')
+    found = loop.rollout(questions(1), agent, dict(policy=model, thinker=scripted('hm')),
+                         limits=dataclasses.replace(LIMITS, **limits))[0]
+    assert found.status == status, found
+
+
+def test_an_answer_that_a_stop_string_ended_is_closed_before_the_next_turn():
+  recorder = traces.Recorder('policy', client(), True)
+  said = (Message('user', '1+1?'),)
+  recorder.ask(said, turn=0, segment='act')
+  ids = tuple(TOKENIZER.encode('2!'))
+  message = recorder.answer(llm.Completion('2', 'stop', ids, (0.0,) * 2))
+  shown = recorder.ask((*said, message, Message('user', 'more')), turn=1, segment='act')
+  assert TOKENIZER.decode(shown, skip_special=False) == '1+1?<|sep|>2!<|eos|>more<|sep|>'
+  row, = [r for r in traces.rows(recorder.trace())]
+  assert row.loss_mask.sum() == 2
+
+
+def test_part_of_a_goal_is_no_success():
+  half = api.StepResult(api.Observation('over'), 0.5, True, 0.5)
+
+  class Half(Odd):
+    def step(self, action):
+      return half
+
+  found = loop.rollout(questions(1), react.env_agent(), dict(policy=scripted('go')), limits=LIMITS,
+                       env=Half)[0]
+  assert found.status == Status.FAILED and found.reward == 0.5
+
+
+def test_logits_that_are_not_finite_fail_their_episode_alone():
+  broken = dataclasses.replace(params(), embed=params().embed.at[TOKENIZER.encode('7')[0]].set(
+    np.nan))
+  config = dataclasses.replace(CONFIG, tied=False)
+  broken = dataclasses.replace(models.init(config, jax.random.key(0)), embed=broken.embed)
+  model = policy.PolicyClient(
+    config, broken, TOKENIZER, 'plain', key=jax.random.key(0), max_new_tokens=1,
+    shape=conversations.Shape(slots=2, context=96, steps=4, chunks=(8, 32)))
+  asked = [llm.GenRequest((Message('user', text),), max_tokens=1, seed=1) 
+           for text in ('1+7', '1+1')]
+  bad, good = model.generate(asked)
+  assert (bad.finish, bad.error) == ('error', policy.NOT_FINITE) and good.finish in (
+    'stop', 'length')
+  odd, fine = model.generate([dataclasses.replace(asked[1], temperature=None), asked[1]])
+  assert odd.finish == 'error' and fine == good

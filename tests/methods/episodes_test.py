@@ -10,7 +10,7 @@ import tiny
 
 from experiments.train import train
 from ml_collections_configs import grpo
-from zppo_jax.agents import builtin_tools, llm, loop, react, tools, traces
+from zppo_jax.agents import builtin_tools, llm, loop, policy, react, tools, traces
 from zppo_jax.agents.records import Episode, Node, Status, Trace
 from zppo_jax.core import types
 from zppo_jax.core.errors import UserError
@@ -19,7 +19,7 @@ from zppo_jax.envs import api as envs_api
 from zppo_jax.envs import household, source
 from zppo_jax.launch import validate
 from zppo_jax.methods import api
-from zppo_jax.sampling import score
+from zppo_jax.sampling import decode, score
 from zppo_jax.train import context, episodes, observe
 from zppo_jax.train import setup as setup_lib
 
@@ -96,6 +96,7 @@ def test_a_worked_dialogue_is_the_row_of_the_episode_that_says_it(questions):
   class Client:
     capabilities = frozenset({'tokens', 'train'})
     open = staticmethod(questions.render)
+    stop_id = questions.stop_id
 
     def turn(self, messages):
       return setup_lib.templates.render_turn(questions.tokenizer, messages, 'plain')
@@ -220,3 +221,18 @@ def test_bad_sections_are_named(section, values, part):
   c[section].update(values)
   assert any(part in f'{p.field}: {p.message}' for p in validate.problems(c, num_devices=1)), [
     str(p) for p in validate.problems(c, num_devices=1)]
+
+
+def test_one_episode_without_finite_logits_is_a_fault_and_all_are_an_error(monkeypatch):
+  fault = Episode('a', 0, Status.MODEL_ERROR, (), info=dict(reason=policy.NOT_FINITE))
+  fine = Episode('a', 1, Status.SUCCEEDED, (), reward=1.0)
+  model, found = tiny.model(), [fault, fine]
+  monkeypatch.setattr(episodes.loop, 'rollout', lambda *a, limits, **k: found)
+  run = lambda: episodes.run(
+    episodes.Episodes(AGENT, BOX, 4, 8), [], config=model, params=None,
+    tokenizer=tiny.tokenizer(), template='plain', settings=decode.Settings(8, (2,)),
+    prompt_tokens=8, slots=2, key=jax.random.key(0), version=0)
+  assert run() == found
+  found.pop()
+  with pytest.raises(UserError, match='the logits of the policy are not finite'):
+    run()

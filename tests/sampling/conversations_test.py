@@ -259,3 +259,29 @@ def test_logits_that_are_not_finite_are_a_fault_and_leave_nothing_behind(name):
   wanted, = fresh.generate(whole, [good], settings=options, **given)
   assert found.tokens == wanted.tokens and len(found.tokens) > 1 and not found.fault
   np.testing.assert_allclose(found.logp, wanted.logp, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['full', 'sliding', 'latent', 'hybrid'])
+def test_what_a_stop_string_cut_off_is_not_gone_on_from(name):
+  """The slot stands behind the cut: its logits are not those of the cut answer."""
+  chat, cut = conversations.Conversations(MODELS[name], SHAPE), 0
+  for seed in range(6):
+    first, = talk(name, chat, [request(seed)], stop=stops.stop_strings(('l', 'e', 'n'), text_of))
+    if not first.stopped or first.tokens[-1] == EOS:
+      continue
+    cut += 1
+    again = request(seed, name=seed + 50)
+    again = dataclasses.replace(again, tokens=again.tokens + first.tokens)
+    assert_alone(name, [again], talk(name, chat, [again]))
+  assert cut >= 2
+
+
+def test_a_call_that_was_interrupted_leaves_the_slots_usable():
+  def interrupt(tokens, begin):
+    raise KeyboardInterrupt
+
+  chat = conversations.Conversations(MODELS['full'], SHAPE)
+  with pytest.raises(KeyboardInterrupt):
+    talk('full', chat, [request(0), request(1)], stop=interrupt)
+  assert talk('full', chat, []) == []
+  assert_alone('full', [request(2)], talk('full', chat, [request(2)]))

@@ -243,3 +243,36 @@ def test_rows_without_finite_logits_end_and_harm_no_other(changes):
     assert found.traj_tokens[row] == max(0, read[0] + 1 - start)
     assert np.isfinite(found.behavior_logp[row]).all()
   assert 0 < faults < fine.valid.sum()
+
+
+def test_a_fault_behind_a_stop_string_was_never_read():
+  config = dataclasses.replace(CONFIG, tied=False)
+  whole = models.init(config, jax.random.key(0))
+  broken = dataclasses.replace(whole, embed=whole.embed.at[5].set(np.nan))
+  stop = stops.stop_strings(('b',), text_of)  # token 5 itself: drawn, and read only afterwards
+  found = [jax.tree.map(np.asarray, engine.run(
+    config, broken, prompts(**BATCH), key=jax.random.key(0), settings=settings(), stop=stop,
+    engine=engine.Engine(4, steps=steps))[0]) for steps in (1, 3, 50)]
+  assert (found[0].status == types.FINISHED).any()
+  for other in found[1:]:
+    assert_same(other, found[0])
+
+
+def test_stop_strings_are_found_across_tokens_without_text():
+  stop = stops.stop_strings(['ab'], lambda ids: ''.join('ab'[i] for i in ids if i < 2))
+  assert stop([0, 9, 9, 1], 0) == 4 and stop([0, 9, 9], 0) is None and stop([0, 9, 9, 1], 3) == 4
+  assert stop(np.asarray([9, 9, 9, 9, 1]), 4) is None
+
+
+@pytest.mark.parametrize('change, part', [
+  (dict(length=np.asarray([7, 0, 1, 4], np.int32)), r'row 1 must have 1..10 tokens, got 0'),
+  (dict(length=np.asarray([7, 10, 11, 4], np.int32)), r'row 2 must have 1..10 tokens, got 11'),
+  (dict(tokens=np.full((4, 10), 99, np.int32)), r'row 0 has token ids outside 0..23: 99..99'),
+  (dict(forced_length=np.asarray([1, 0, 0, 0], np.int32)), 'row 0 forces 1 tokens, .* room for 0'),
+  (dict(eos_ids=(99,)), r'eos_ids must be below'), (dict(top_k=99), 'top_k at most')], ids=str)
+def test_bad_prompts_are_refused_by_row(change, part):
+  own = {k: v for k, v in change.items() if k in ('eos_ids', 'top_k')}
+  batch = dataclasses.replace(prompts(), **({} if own else change))
+  with pytest.raises(ValueError, match=part):
+    engine.run(CONFIG, weights('full'), batch, key=jax.random.key(0), settings=settings(**own),
+               engine=engine.Engine(2))

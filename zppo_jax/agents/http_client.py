@@ -80,13 +80,13 @@ def _check(base_url: str, extra: Mapping[str, Any], **bounds: tuple[float, float
 class HTTPClient:
   """An `LMClient` over `POST {base_url}/chat/completions`; no token ids, so never trainable.
 
-  `deadline_s` bounds one HTTP request with all its retries; only a reply that drips before it
-  stalls may take up to twice that. Of n answers in one reply the first carries the usage of all.
-  A tool call whose arguments cannot be read is the model's own fault: finish stays 'tool' and
-  `error` names it. A message of a tool that answers no call is sent as the user's: no server takes
-  it else. `tokens_field` is the server's name of `max_tokens`, `extra` goes into every chat request
-  as it is. `sleep` and `uniform` (in [0, 1)) are for tests. UserError on bad arguments, ImportError
-  without httpx.
+  `deadline_s` bounds one HTTP request with all its retries; a reply that drips before it stalls may
+  take up to twice that, and only a head that drips is bounded by nothing but its server. Of n
+  answers in one reply the first carries the usage of all. A tool call whose arguments cannot be
+  read is the model's own fault: finish stays 'tool' and `error` names it. A message of a tool that
+  answers no call is sent as the user's: no server takes it else. `tokens_field` is the server's
+  name of `max_tokens`, `extra` goes into every chat request as it is. `sleep` and `uniform` (in [0,
+  1)) are for tests. UserError on bad arguments, ImportError without httpx.
   """
 
   def __init__(self, base_url: str, model: str, *, api_key_env: str = '', concurrency: int = 8,

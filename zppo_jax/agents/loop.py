@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import numbers
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 from zppo_jax.agents import tools as tools_lib
 from zppo_jax.agents import traces
 from zppo_jax.agents.llm import LMClient
-from zppo_jax.agents.records import Completion, Episode, GenRequest, Status
+from zppo_jax.agents.records import FAULTS, Completion, Episode, GenRequest, Status
 from zppo_jax.core import rng, types
 from zppo_jax.envs import api
 from zppo_jax.envs.vector import VectorEnv
+
+_SIDE_BY_SIDE = 32  # episodes whose tools run at once
 
 # What an agent may want next.
 
@@ -71,8 +76,9 @@ class Agent:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What ends an episode from outside. `max_tokens` counts what follows the first prompt, whoever
-  said it: an observation that leaves no room for an answer is not part of the trace."""
+  """What ends an episode from outside. `max_tokens` counts what follows the first prompt of a role,
+  whoever said it: an observation that leaves no room for an answer is not part of the trace.
+  Clients without tokens are not counted. `wall_s` is that of all episodes of a chunk together."""
 
   max_turns: int = 8  # answers
   turn_tokens: int = 256  # of one answer
@@ -108,7 +114,7 @@ class _Live:
   state: Any
   recorders: dict[str, traces.Recorder]
   turns: int = 0
-  first: int | None = None  # tokens of the first prompt
+  first: dict[str, int] = dataclasses.field(default_factory=dict)  # tokens of each first prompt
   errors: int = 0  # consecutive
   reward: float = 0.0
   progress: float | None = None
@@ -128,14 +134,14 @@ def _request(live: _Live, call: Call, client: LMClient, limits: Limits, how: Sam
     recorder = traces.Recorder(call.role, client if exact else None, 'train' in client.capabilities)
     live.recorders[call.role] = recorder
   ids = recorder.ask(call.messages, turn=live.turns, segment=call.segment)
-  if live.first is None:
-    live.first = len(ids)
-    if live.first > limits.max_prompt_tokens:
+  if call.role not in live.first:
+    live.first[call.role] = len(ids)
+    if len(ids) > limits.max_prompt_tokens:
       recorder.forget()
       live.status, live.info['reason'] = Status.MODEL_ERROR, (
         f'the prompt has {len(ids)} tokens, max_prompt_tokens is {limits.max_prompt_tokens}')
       return None
-  room = min(limits.turn_tokens, limits.max_tokens - (len(ids) - live.first))
+  room = min(limits.turn_tokens, limits.max_tokens - (len(ids) - live.first[call.role]))
   if room < 1:
     recorder.forget()
     live.status = Status.MAX_TOKENS
@@ -175,9 +181,18 @@ def _answered(live: _Live, role: str, answer: Completion, agent: Agent) -> None:
   live.state = agent.observe(live.state, answer)
 
 
-def _use_tools(live: _Live, wanted: UseTools, agent, tools, limits: Limits, seed: int) -> None:
-  ctx = tools_lib.ToolContext(live.task.uid, live.turns, seed)
-  answers = tools_lib.run_calls(wanted.calls, tools, ctx)
+def _use_tools(lives, wanted: dict[int, UseTools], agent, tools, limits: Limits, seed: int) -> None:
+  """The calls of an episode one after the other, the episodes side by side."""
+  def answer(i: int) -> tools_lib.Answers:
+    ctx = tools_lib.ToolContext(lives[i].task.uid, lives[i].turns, seed)
+    return tools_lib.run_calls(wanted[i].calls, tools, ctx)
+
+  with futures.ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+    for i, answers in zip(wanted, pool.map(answer, wanted)):
+      _used(lives[i], wanted[i], answers, agent, limits)
+
+
+def _used(live: _Live, wanted: UseTools, answers, agent: Agent, limits: Limits) -> None:
   failed = answers.num_errors + wanted.unread
   live.errors = live.errors + failed if failed else 0
   live.info['tool_calls'] = live.info.get('tool_calls', 0) + len(wanted.calls)
@@ -197,10 +212,21 @@ def _act(lives, wanted, agent: Agent, envs: VectorEnv) -> None:
       live.status, live.info['reason'] = Status.ENV_ERROR, outcome.error
       continue
     step = outcome.value
-    live.reward, live.progress = live.reward + step.reward, step.progress
+    if not _is_step(step):
+      live.status, live.info['reason'] = Status.ENV_ERROR, f'step returned {step!r:.100}'
+      continue
+    live.reward, live.progress = live.reward + float(step.reward), step.progress
     live.state = agent.observe(live.state, step)
     if step.done:
-      live.status = Status.SUCCEEDED if live.reward > 0 else Status.FAILED
+      solved = live.reward > 0 if step.progress is None else step.progress >= 1
+      live.status = Status.SUCCEEDED if solved else Status.FAILED
+
+
+def _is_step(found: Any) -> bool:
+  """Whether an environment kept to its protocol."""
+  number = lambda x: isinstance(x, numbers.Real) and math.isfinite(x)
+  return isinstance(found, api.StepResult) and number(found.reward) and (
+    found.progress is None or number(found.progress))
 
 
 def _begin(jobs, agent: Agent, envs: VectorEnv | None, seed: int) -> list[_Live]:
@@ -232,14 +258,15 @@ def _run(jobs, agent: Agent, clients, tools, envs, limits: Limits, how: Sampling
       else:
         wanted[type(move)][i] = move
     _ask(lives, wanted[Call], agent, clients, limits, how)
-    for i, move in wanted[UseTools].items():
-      _use_tools(lives[i], move, agent, tools, limits, how.seed)
+    if wanted[UseTools]:
+      _use_tools(lives, wanted[UseTools], agent, tools, limits, how.seed)
     if wanted[Act]:
       if envs is None:
         raise ValueError('the agent acts, but no environment was given')
       _act(lives, wanted[Act], agent, envs)
   return [Episode(x.task.uid, x.repetition, x.status, tuple(
-    r.trace() for r in x.recorders.values()), x.reward, x.progress, x.turns, x.text, x.info)
+    r.trace() for r in x.recorders.values()), x.reward,
+    None if x.progress is None else float(x.progress), x.turns, x.text, x.info)
     for x in lives]
 
 
@@ -251,12 +278,20 @@ def rollout(tasks: Sequence[api.Task], agent: Agent, clients: Mapping[str, LMCli
   """`group_size` episodes of each task, task by task.
 
   `path` names a file of finished episodes, one JSON line each: those it holds are not run again,
-  and new ones are added, `chunk` (0 = all) at a time. `step_s` bounds a step of an environment.
+  but for faults, and new ones are added, `chunk` (0 = all) at a time. `step_s` bounds a step of an
+  environment. Tools of several episodes are called side by side.
   """
+  for name, value, least in (('group_size', group_size, 1), ('chunk', chunk, 0)):
+    if value < least:
+      raise ValueError(f'{name} must be at least {least}, got {value}')
   jobs = [(t, r) for t in tasks for r in range(group_size)]
   if len({t.uid for t in tasks}) < len(tasks):
     raise ValueError('tasks: every uid must occur once')
-  done = read(path) if path else {}
+  done = {}
+  if path:
+    done = {k: e for k, e in read(path).items() if e.status not in FAULTS}
+    with open(path, 'a', encoding='utf-8'):  # before any work is lost
+      pass
   left = [job for job in jobs if (job[0].uid, job[1]) not in done]
   for begin in range(0, len(left), chunk or len(left) or 1):
     part = left[begin:begin + (chunk or len(left))]

@@ -16,6 +16,8 @@ from zppo_jax.models.config import ModelConfig
 from zppo_jax.models.params import Params
 from zppo_jax.sampling import continuations, conversations, decode, stops
 
+NOT_FINITE = 'the logits of the policy are not finite'
+
 
 class PolicyClient:
   """Answers from weights in this process, each conversation going on from its cache.
@@ -31,7 +33,7 @@ class PolicyClient:
                max_new_tokens: int = 256, version: int = 0):
     self._config, self._params, self._version = config, params, version
     self._tokenizer, self._template, self._key = tokenizer, template, key
-    self._stop_id = templates.stop_id(tokenizer, template)
+    self.stop_id = templates.stop_id(tokenizer, template)
     self._most = max_new_tokens
     self._chat = conversations.Conversations(config, shape)
     self._fresh = itertools.count(2**31)
@@ -56,10 +58,10 @@ class PolicyClient:
     found: dict[tuple[int, int], Completion] = {}
     batches = collections.defaultdict(list)
     for i, r in enumerate(requests):
-      settings = self._settings(r)
       try:
+        settings = self._settings(r)
         asked = self._check(r, settings)
-      except ValueError as error:
+      except (TypeError, ValueError) as error:
         found |= {(i, s): Completion('', 'error', error=str(error)) for s in range(max(1, r.n))}
         continue
       batches[settings, r.stop] += [((i, s), a) for s, a in enumerate(asked)]
@@ -85,7 +87,7 @@ class PolicyClient:
 
   def _settings(self, r: GenRequest) -> decode.Settings:
     return decode.Settings(
-      max_new_tokens=self._most, eos_ids=(self._stop_id,), temperature=float(r.temperature),
+      max_new_tokens=self._most, eos_ids=(self.stop_id,), temperature=float(r.temperature),
       top_k=int(r.top_k), top_p=float(r.top_p), min_p=float(r.min_p),
       group_size=max(1, r.n) if r.temperature < decode.GREEDY_BELOW else 1)
 
@@ -97,7 +99,7 @@ class PolicyClient:
     found = {}
     for (name, r), a in zip(asked, answers):
       if a.fault:
-        found[name] = Completion('', 'error', error='the logits of the policy are not finite')
+        found[name] = Completion('', 'error', error=NOT_FINITE)
         continue
       said = text(a.tokens)
       found[name] = Completion(

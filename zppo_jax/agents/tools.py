@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from zppo_jax.agents import sandbox
+from zppo_jax.core.errors import brief
 from zppo_jax.core.types import Message, ToolCall, ToolSpec
 
 
@@ -119,7 +120,7 @@ def _answer(
   if ended == 'late':
     return f'{call.name!r} gave no answer within {call_s:g} s'
   if ended == 'raised':
-    return f'{call.name!r} failed: {type(value).__name__}: {value}'
+    return f'{call.name!r} failed: {brief(value)}'
   if not isinstance(value, ToolResult):
     return f'{call.name!r} returned {type(value).__name__}, not a ToolResult'
   if not isinstance(value.content, str) or not _is_cost(value.cost):

@@ -21,6 +21,8 @@ from zppo_jax.core import types
 class Renderer(Protocol):
   """Turns messages into tokens; see `data.templates`."""
 
+  stop_id: int  # closes an answer
+
   def open(self, messages: Sequence[types.Message]) -> Sequence[int]:
     """A whole chat, up to where the next answer begins."""
 
@@ -59,11 +61,16 @@ class Recorder:
     new = messages[len(self._ends.get(parent, ())):]
     ids: tuple[int, ...] = ()
     if self._renderer is not None:
-      ids = tuple(self._renderer.open(new) if parent is None else self._renderer.turn(new))
+      ids = tuple(self._renderer.open(new) if parent is None else self._turn(parent, new))
     self._nodes.append(Node(parent, new, ids, (False,) * len(ids), (0.0,) * len(ids), turn=turn,
                             segment=segment))
     self._asked = len(self._nodes) - 1, messages
     return self.tokens(len(self._nodes) - 1)
+
+  def _turn(self, parent: int, new: tuple[types.Message, ...]) -> Sequence[int]:
+    """What follows an answer; a stop string or a tool's end has left it open."""
+    said, stop = self._nodes[parent].token_ids, self._renderer.stop_id
+    return (*(() if said[-1:] == (stop,) else (stop,)), *self._renderer.turn(new))
 
   def answer(self, completion: Completion) -> types.Message:
     """Notes what the model said to the last `ask`; returns it as a message."""

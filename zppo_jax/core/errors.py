@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
+
+
+def brief(error: BaseException) -> str:
+  """'ValueError: why', whatever its own text does."""
+  return ''.join(traceback.format_exception_only(error)).strip()
+
 
 class UserError(ValueError):
   """Wrong input from the user: the message names the argument, the bound and the value."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 
-from zppo_jax.core import types
+from zppo_jax.core import errors, types
 from zppo_jax.envs import api
 
 Action = str | Sequence[types.ToolCall]
@@ -119,7 +119,7 @@ def _outcome(answer: futures.Future) -> Outcome:
   error = answer.exception()
   if error is None:
     return Outcome(answer.result())
-  return Outcome(None, f'error: {type(error).__name__}: {error}'[:500])
+  return Outcome(None, f'error: {errors.brief(error)}'[:500])
 
 
 class _Worker:

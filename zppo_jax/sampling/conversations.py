@@ -113,6 +113,8 @@ class Conversations:
     decode.check_settings(settings)
     for request in requests:
       self.check(request, settings)
+    if any(h.work is not None for h in self._held):  # an earlier call was interrupted
+      self._slots = None
     self._renew(key, settings, version)
     if self._params is not params:  # a turn must not copy all weights
       self._params, self._blocks = params, slots_lib.split_blocks(self.config, params)
@@ -132,9 +134,10 @@ class Conversations:
         work, (_, tokens, logp, length, _, kept, fault) = self._held[slot].work, found
         tokens, logp, kept = (None if x is None else tuple(x[slot, :size].tolist())
                               for x in (tokens, logp, kept))
-        answers[work] = Answer(tokens, logp, stopped, kept, reused[work], bool(fault[slot]))
+        broken = bool(fault[slot]) and not stopped  # a stop string came before the fault
+        answers[work] = Answer(tokens, logp, stopped, kept, reused[work], broken)
         self._clock += 1
-        if fault[slot]:
+        if broken:
           self._held[slot] = _Held(used=self._clock)
         else:
           self._hold(slot, requests[work].tokens, tokens, cut=size < length[slot])
@@ -149,7 +152,9 @@ class Conversations:
     else:
       ends = (*(n for n in known if n < len(asked)), len(asked), len(tokens))
     hashes = self._hashes(tokens)
-    self._held[slot] = _Held(tokens, {n: int(hashes[n]) for n in ends}, used=self._clock)
+    anchors = {n: int(hashes[n]) for n in ends}
+    # The slot's logits stand behind what was cut off: one token must be run again for its own.
+    self._held[slot] = _Held((*tokens, -1) if cut and tokens else tokens, anchors, used=self._clock)
 
   def _hashes(self, tokens: tuple[int, ...]) -> np.ndarray:
     """Entry n is a hash of the first n tokens, u64[len + 1]."""
@@ -261,7 +266,7 @@ class Conversations:
       if h.work is None:
         continue
       size = int(length[slot])
-      at = None if stop is None else stop(tokens[slot, :size].tolist(), h.seen)
+      at = None if stop is None else stop(tokens[slot, :size], h.seen)
       h.seen = size
       if at is not None:
         over.append((slot, at, True))

@@ -64,6 +64,26 @@ def _check(engine: Engine) -> None:
     raise ValueError(f"engine.refresh must be 'keep' or 'drain', got {engine.refresh!r}")
 
 
+def _check_prompts(config: ModelConfig, prompts: decode.Prompts, settings: decode.Settings) -> None:
+  """Raises ValueError naming the first row and value out of bounds; invalid rows are not looked at.
+  """
+  bucket, room = prompts.tokens.shape[1], settings.max_new_tokens
+  if max(settings.eos_ids) >= config.vocab or settings.top_k > config.vocab:
+    raise ValueError(f'eos_ids must be below, and top_k at most, the vocabulary of {config.vocab}, '
+                     f'got {settings.eos_ids} and {settings.top_k}')
+  for row in np.flatnonzero(prompts.valid):
+    length, forced = int(prompts.length[row]), int(prompts.forced_length[row])
+    if not 1 <= length <= bucket:
+      raise ValueError(f'prompts: row {row} must have 1..{bucket} tokens, got {length}')
+    if not 0 <= forced <= min(room, prompts.forced.shape[1]):
+      raise ValueError(f'prompts: row {row} forces {forced} tokens, there is room for '
+                       f'{min(room, prompts.forced.shape[1])}')
+    ids = *prompts.tokens[row, :length], *prompts.forced[row, :forced]
+    if not 0 <= min(ids) <= max(ids) < config.vocab:
+      raise ValueError(f'prompts: row {row} has token ids outside 0..{config.vocab - 1}: '
+                       f'{min(ids)}..{max(ids)}')
+
+
 @functools.partial(jax.jit, static_argnames='settings')
 def _assemble(prompts: decode.Prompts, drawn: decode.Responses, settings: decode.Settings,
               version) -> types.Rollout:
@@ -186,17 +206,21 @@ class _Rows:
       self.version[row, seen:seen + 1] = self._next[slot]
       self.version[row, seen + 1:size] = version
       self._seen[slot], self._next[slot] = size, version
-      at = None if stop is None else stop(found.tokens[slot, :size].tolist(), seen)
+      at = None if stop is None else stop(found.tokens[slot, :size], seen)
       if at is None and active[slot]:
         continue
-      size, stopped = (size, bool(found.done[slot])) if at is None else (at, True)
-      self._store(slot, row, found, size, stopped)
+      if at is None:
+        ended = bool(found.done[slot]), bool(found.fault[slot])
+      else:
+        size, ended = at, (True, False)  # a fault behind it was never read
+      self._store(slot, row, found, size, ended)
       self.held[slot], cut = None, cut or bool(active[slot])
     return cut
 
-  def _store(self, slot: int, row: int, found: decode.Responses, size: int, stopped: bool) -> None:
+  def _store(self, slot: int, row: int, found: decode.Responses, size: int,
+             ended: tuple[bool, bool]) -> None:
     mine = self.drawn
-    mine.length[row], mine.done[row], mine.fault[row] = size, stopped, found.fault[slot]
+    mine.length[row], (mine.done[row], mine.fault[row]) = size, ended
     for name in ('tokens', 'logp', 'kept'):
       if getattr(mine, name) is not None:
         getattr(mine, name)[row, :size] = getattr(found, name)[slot, :size]
@@ -217,6 +241,7 @@ def run(config: ModelConfig, params: Params, prompts: decode.Prompts, *, key: ja
   _check(engine)
   decode.check_settings(settings)
   prompts = jax.tree.map(np.asarray, hosts.fetch(prompts))
+  _check_prompts(config, prompts, settings)
   weights = _Weights(config, params, version, engine, refresh)
   rows = _Rows(prompts, settings, engine.slots, config.pooled)
   queue = _Queue(config, weights, prompts, settings, engine.prefill)

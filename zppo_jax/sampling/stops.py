@@ -9,9 +9,9 @@ def stop_strings(strings: Sequence[str], decode: Callable[[Sequence[int]], str]
                  ) -> Callable[[Sequence[int], int], int | None]:
   """stop(tokens, begin) -> number of tokens up to the one that completes a stop string, or None.
 
-  `begin` tokens are known to hold none. Only the text from a little before them on is decoded: as
-  many tokens back as the longest string has bytes, since a token may be one byte. Raises
-  ValueError on no strings, or an empty one.
+  `begin` tokens are known to hold none. Only the text from a little before them on is decoded: so
+  many tokens back that they are as many bytes as the longest string has. Raises ValueError on no
+  strings, or an empty one.
   """
   if not strings or not all(strings):
     raise ValueError(f'stop strings must be given and not empty, got {list(strings)}')
@@ -23,7 +23,10 @@ def stop_strings(strings: Sequence[str], decode: Callable[[Sequence[int]], str]
 
   def stop(tokens: Sequence[int], begin: int) -> int | None:
     first = max(0, begin - reach)
-    tail = list(tokens[first:])
+    ids = lambda start, end=None: [int(t) for t in tokens[start:end]]
+    while first and len(decode(ids(first, begin)).encode()) < reach:  # special tokens have no text
+      first = max(0, first - reach)
+    tail = ids(first)
     if not found(tail):
       return None
     low, high = max(0, begin - first), len(tail)  # found within `high`, not within `low`

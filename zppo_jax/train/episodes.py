@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,21 +34,26 @@ class Episodes:
 def run(e: Episodes, tasks: Sequence[api.Task], *, config: ModelConfig, params: Any,
         tokenizer: Any, template: Any, settings: decode.Settings, prompt_tokens: int, slots: int,
         key: jax.Array, version: int) -> list[Episode]:
-  """settings.group_size episodes per task, in order. Raises UserError where the policy could not
-  be asked: a prompt above its bucket."""
+  """settings.group_size episodes per task, in order.
+
+  What an episode does depends on no clock: steps of environments and calls of tools have limits of
+  their own. Raises UserError where the policy could not be asked (a prompt above its bucket), or
+  has no finite logits in any episode.
+  """
   room = prompt_tokens + settings.max_new_tokens
   rows = len(tasks) * settings.group_size
   client = policy.PolicyClient(
     config, params, tokenizer, template, key=key, version=version, max_new_tokens=e.turn_tokens,
     shape=conversations.Shape(slots=slots or rows, context=room))
-  limits = loop.Limits(max_turns=e.max_turns, turn_tokens=e.turn_tokens,
+  limits = loop.Limits(max_turns=e.max_turns, turn_tokens=e.turn_tokens, wall_s=math.inf,
                        max_tokens=settings.max_new_tokens, max_prompt_tokens=prompt_tokens)
   found = loop.rollout(
     tasks, e.agent, dict(policy=client), limits=limits, group_size=settings.group_size,
     sampling=loop.Sampling(settings.temperature, settings.top_p, settings.top_k, settings.min_p),
     tools=e.tools, env=e.env)
-  for episode in found:
-    if episode.status == Status.MODEL_ERROR:
+  broken = [x.info.get('reason') == policy.NOT_FINITE for x in found]
+  for episode, fault in zip(found, broken):
+    if episode.status == Status.MODEL_ERROR and (not fault or all(broken)):
       raise UserError(f'task {episode.task}: {episode.info["reason"]}')
   return found
 
