@@ -36,21 +36,13 @@ class Result(NamedTuple):
 
 def config(method: str, *, seed: int, steps: int, every: int) -> Any:
   """Episodes of ten actions at most."""
-  from ml_collections_configs import grpo, sft
-
-  c = {'sft': sft, 'grpo': grpo}[method].get_config('tiny')
+  c = warm_grpo.base(method, seed=seed, steps=steps, every=every)
   with c.unlocked():
     c.agent.env_args = dict(env_id=LEVEL)
-  c.update(seed=seed, num_steps=steps)
   c.agent.update(env='babyai', max_turns=10, turn_tokens=4)
   c.tokenizer.pieces = PIECES
   c.rollout.update(prompt_tokens=56, max_new_tokens=256)
   c.data.update(size=2000, eval_size=256)
-  c.eval.update(num_questions=256, every_steps=every)
-  c.log.update(progress=False, dump_every_steps=0)
-  c.ckpt.every_steps = steps
-  if method == 'grpo':
-    c.method.num_new = 16
   return c
 
 

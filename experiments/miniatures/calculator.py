@@ -29,20 +29,12 @@ class Result(NamedTuple):
 
 def config(method: str, *, tool: bool, seed: int, steps: int, every: int) -> Any:
   """Products of two numbers of two digits."""
-  from ml_collections_configs import grpo, sft
-
-  c = {'sft': sft, 'grpo': grpo}[method].get_config('tiny')
+  c = warm_grpo.base(method, seed=seed, steps=steps, every=every)
   with c.unlocked():
     c.data.tasks = dict(products=dict(name='arithmetic', digits=2, terms=2, operators='*',
                                       tool=tool, weight=1.0))
-  c.update(seed=seed, num_steps=steps)
   c.agent.update(tools=('calculator',) if tool else (), turn_tokens=32 if tool else 0)
   c.rollout.max_new_tokens = 72 if tool else 40
-  c.eval.update(num_questions=256, every_steps=every)
-  c.log.update(progress=False, dump_every_steps=0)
-  c.ckpt.every_steps = steps
-  if method == 'grpo':
-    c.method.num_new = 16
   return c
 
 

@@ -8,6 +8,20 @@ from collections.abc import Callable
 from typing import Any
 
 
+def base(method: str, *, seed: int, steps: int, every: int) -> Any:
+  """The tiny config of 'sft' or 'grpo' (16 groups), silent, with 256 held-out questions."""
+  from ml_collections_configs import grpo, sft
+
+  c = {'sft': sft, 'grpo': grpo}[method].get_config('tiny')
+  c.update(seed=seed, num_steps=steps)
+  c.eval.update(num_questions=256, every_steps=every)
+  c.log.update(progress=False, dump_every_steps=0)
+  c.ckpt.every_steps = steps
+  if method == 'grpo':
+    c.method.num_new = 16
+  return c
+
+
 def curve(config: Callable[..., Any], *, warm_steps: int, steps: int, evaluations: int
           ) -> tuple[list[float], dict[str, Any]]:
   """(held-out accuracy before GRPO and at each evaluation, metrics of the last step).

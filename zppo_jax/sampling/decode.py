@@ -243,7 +243,7 @@ def _decode(config, params, prompts: Prompts, key: Array, settings: Settings) ->
   blank = jnp.zeros((rows, width))
   state = _State(
     cache, logits, jnp.zeros((rows, width), jnp.int32), blank,
-    blank if settings.filtered else None, ~valid, ~valid & valid, jnp.zeros(rows, jnp.int32),
+    blank if settings.filtered else None, ~valid, jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32),
     jnp.int32(0), jax.tree.map(rep, rules.init(chain, given)))
   return jax.lax.while_loop(lambda s: (s.step < width) & jnp.any(~s.done), body, state)
 

@@ -71,17 +71,20 @@ def _check_prompts(config: ModelConfig, prompts: decode.Prompts, settings: decod
   if max(settings.eos_ids) >= config.vocab or settings.top_k > config.vocab:
     raise ValueError(f'eos_ids must be below, and top_k at most, the vocabulary of {config.vocab}, '
                      f'got {settings.eos_ids} and {settings.top_k}')
-  for row in np.flatnonzero(prompts.valid):
-    length, forced = int(prompts.length[row]), int(prompts.forced_length[row])
-    if not 1 <= length <= bucket:
-      raise ValueError(f'prompts: row {row} must have 1..{bucket} tokens, got {length}')
-    if not 0 <= forced <= min(room, prompts.forced.shape[1]):
-      raise ValueError(f'prompts: row {row} forces {forced} tokens, there is room for '
-                       f'{min(room, prompts.forced.shape[1])}')
-    ids = *prompts.tokens[row, :length], *prompts.forced[row, :forced]
-    if not 0 <= min(ids) <= max(ids) < config.vocab:
-      raise ValueError(f'prompts: row {row} has token ids outside 0..{config.vocab - 1}: '
-                       f'{min(ids)}..{max(ids)}')
+  most = min(room, prompts.forced.shape[1])
+  used = np.arange(bucket)[None] < prompts.length[:, None]
+  given = np.arange(prompts.forced.shape[1])[None] < prompts.forced_length[:, None]
+  odd = lambda ids, inside: (inside & ((ids < 0) | (ids >= config.vocab))).any(axis=1)
+  checks = (
+    ((prompts.length < 1) | (prompts.length > bucket),
+     f'must have 1..{bucket} tokens, got', prompts.length),
+    ((prompts.forced_length < 0) | (prompts.forced_length > most),
+     f'has room to force {most} tokens, got', prompts.forced_length),
+    (odd(prompts.tokens, used) | odd(prompts.forced, given),
+     f'must have token ids in 0..{config.vocab - 1}, got', prompts.tokens.max(axis=1, initial=0)))
+  for bad, what, values in checks:
+    for row in np.flatnonzero(bad & prompts.valid)[:1]:
+      raise ValueError(f'prompts: row {row} {what} {values[row]}')
 
 
 @functools.partial(jax.jit, static_argnames='settings')
