@@ -17,8 +17,9 @@ from zppo_jax.core.errors import UserError
 from zppo_jax.data import tokenizer as tokenizer_lib
 from zppo_jax.launch import roles, workdir
 from zppo_jax.mesh import place
+from zppo_jax.methods import api
 from zppo_jax.replay import prompts
-from zppo_jax.train import loop, memory, saver
+from zppo_jax.train import context, loop, memory, saver
 from zppo_jax.train import run as run_lib
 from zppo_jax.train import setup as setup_lib
 
@@ -165,6 +166,20 @@ def test_the_profiler_runs_in_its_window_wherever_the_run_begins(tmp_path, monke
   calls.clear()
   loop.train(window(9, 2, num_steps=5))
   assert calls == []
+
+
+def test_answers_that_no_judge_could_grade_are_counted():
+  class Slow(tiny.CoinGrader):
+    def grade(self, texts, examples):
+      rewards, results = super().grade(texts, examples)
+      return rewards, [dataclasses.replace(r, reason='timeout' if i % 2 else 'wrong')
+                       for i, r in enumerate(results)]
+
+  run = tiny.make_run('grpo', grader=Slow())
+  ctx = context.StepContext(run.setup, run.warm_start, step=0, version=0)
+  ctx.draw([api.Group(0), api.Group(1)], capacity=2)
+  assert ctx.metrics()['reward/unjudged_frac'] == 0.5
+  assert ctx.metrics()['rollout/nonfinite_frac'] == 0
 
 
 def test_weights_that_are_not_numbers_are_named_at_the_first_rollout(tmp_path):

@@ -27,6 +27,11 @@ class VerifyResult:
   parsed: str | None
   reason: str
 
+  @property
+  def unjudged(self) -> bool:
+    """Whether the judge was killed or failed: the score of 0 says nothing about the answer."""
+    return self.reason in ('timeout', 'died') or self.reason.startswith('error: ')
+
 
 @dataclasses.dataclass(frozen=True)
 class Pending:

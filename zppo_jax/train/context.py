@@ -276,13 +276,15 @@ class StepContext:
                      reward.astype(np.float32))
 
   def _grade(self, texts: Sequence[str], examples: Sequence[types.Example]):
-    """(scores f32[n], answers as read); every process grades its share."""
+    """(scores f32[n], answers as read); every process grades its share. What no judge could say
+    scores 0 and is counted."""
     def grade(rows):
       scores, results = self._setup.grader.grade([texts[i] for i in rows],
                                                  [examples[i] for i in rows])
-      return [(float(s), r.parsed) for s, r in zip(scores, results)]
+      return [(float(s), r.parsed, r.unjudged) for s, r in zip(scores, results)]
 
-    scores, answers = zip(*hosts.share(grade, len(texts)))
+    scores, answers, unjudged = zip(*hosts.share(grade, len(texts)))
+    self.count('reward/unjudged_frac', sum(unjudged), len(texts))
     return grade_lib.check_rewards(
       scores, len(texts), allow_fractional=self._setup.allow_fractional), list(answers)
 
