@@ -626,6 +626,20 @@ def test_every_baseline_of_the_table_is_a_switch_of_this_builder():
     assert {k: getattr(row.defaults, k) for k in published} == published
 
 
+def test_a_step_says_how_many_questions_could_be_reformulated():
+  """Of four questions one is easy, two are hard with a right teacher, one is beyond it."""
+  ctx, config = FakeContext(teacher_right=frozenset({1, 2})), small(num_new=16)
+  drawn = make_drawn([api.Group(q) for q in range(4)], [[1.0, 1.0], [0, 0], [0, 1], [0, 0]])
+  hard = second_phase.hard_slots(drawn, 0.9)
+  right = second_phase.right_traces(drawn, hard, ctx, group_size=2, chunk=4)
+  zppo.choose_instances(config, drawn, right, hard, ctx)
+  share = {k: n / d for k, (n, d) in ctx.counts.items()}
+  assert share['second_phase/easy_frac'] == 0.25 and share['teacher/solved_frac'] == 2 / 3
+  assert share['second_phase/ncq_eligible_frac'] == 1
+  assert share['second_phase/bcq_eligible_frac'] == 2 / 3
+  assert share['teacher/sampled_tokens'] == 3 * 2 * 3
+
+
 def test_an_answer_of_any_length_ends_no_run():
   """What has no room is dropped and counted; long answers are neither listed nor restored."""
   ctx, config = FakeContext(too_long=frozenset({1})), small()

@@ -56,15 +56,19 @@ def right_traces(drawn: api.Drawn, slots: Sequence[int], ctx: api.Context, *, gr
   anything and one shape is compiled. `finished` leaves out answers that were cut by length.
   """
   found: dict[int, list[str]] = {}
+  tokens = 0.0
   for begin in range(0, len(slots), chunk):
     part = slots[begin:begin + chunk]
     groups = [api.Group(drawn.groups[s].question) for s in part]
     sampled = ctx.draw(groups, capacity=chunk, group_size=group_size, role=types.TEACHER)
+    tokens += float(hosts.fetch(sampled.rollout.traj_tokens).sum())
     keep = sampled.reward > 0
     if finished:
       keep &= hosts.fetch(sampled.rollout.status) == types.FINISHED
     for i, slot in enumerate(part):
       found[slot] = [sampled.texts[r] for r in sampled.rows(i) if keep[r]]
+  ctx.count('teacher/solved_frac', sum(map(bool, found.values())), len(slots))
+  ctx.count('teacher/sampled_tokens', tokens, 1)
   return found
 
 

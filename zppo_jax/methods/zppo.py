@@ -107,6 +107,8 @@ class Instance:
 def choose_instances(c: Config, drawn: api.Drawn, right: dict[int, list[str]],
                      hard: list[int], ctx: api.Context) -> list[Instance]:
   """Steps 3 to 5 of the algorithm: pre-cap on questions, instances, post-cap on instances."""
+  groups = sum(g is not None for g in drawn.groups)
+  ctx.count('second_phase/easy_frac', groups - len(hard), groups)
   if not c.use_ncq:
     hard = [s for s in hard if right.get(s)]
   slots = hard[:c.num_aug]
@@ -114,6 +116,8 @@ def choose_instances(c: Config, drawn: api.Drawn, right: dict[int, list[str]],
   for i, slot in enumerate(slots):
     wrong = bool(wrong_rows(drawn, slot))
     has[i] = (c.use_bcq and bool(right.get(slot)) and wrong, c.use_ncq and wrong)
+  for name, column in zip(('bcq', 'ncq'), has.T):
+    ctx.count(f'second_phase/{name}_eligible_frac', int(column.sum()), len(slots))
   keep = np.asarray(second_phase.cap_instances(jnp.asarray(has), cap=c.num_aug))
   found = []
   for i, slot in enumerate(slots):
