@@ -83,6 +83,9 @@ def test_samples_of_other_weights_are_refused(tmp_path):
   with pytest.raises(UserError, match='holds samples of A at step 3, .* those of A at step 4'):
     samples._read(str(path), 1, 'A at step 4')
   assert len(samples._read(str(path), 1, 'A at step 3')) == 1
+  path.write_text(json.dumps(dict(question=0, sample=0)) + '\n')
+  with pytest.raises(UserError, match='holds samples of unnamed weights'):
+    samples._read(str(path), 1, 'A at step 3')
 
 
 def test_weights_are_named_by_step_or_by_file(tmp_path):

@@ -268,6 +268,8 @@ def test_stop_strings_are_found_across_tokens_without_text():
   (dict(length=np.asarray([7, 0, 1, 4], np.int32)), r'row 1 must have 1..10 tokens, got 0'),
   (dict(length=np.asarray([7, 10, 11, 4], np.int32)), r'row 2 must have 1..10 tokens, got 11'),
   (dict(tokens=np.full((4, 10), 99, np.int32)), r'row 0 must have token ids in 0..23, got 99'),
+  (dict(tokens=np.where(np.arange(10) == 3, -7, 5) * np.ones((4, 1), np.int32)),
+   r'row 0 must have token ids in 0..23, got -7'),
   (dict(forced_length=np.asarray([1, 0, 0, 0], np.int32)),
    'row 0 has room to force 0 tokens, got 1'),
   (dict(eos_ids=(99,)), r'eos_ids must be below'), (dict(top_k=99), 'top_k at most')], ids=str)

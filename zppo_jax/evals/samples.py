@@ -72,9 +72,9 @@ def _read(path: str, samples: int, weights: str) -> list[dict[str, Any]]:
         wanted = divmod(len(rows), samples)
         if row is None or (row['question'], row['sample']) != wanted:
           break
-        if row['weights'] != weights:
-          raise UserError(f'{path} holds samples of {row["weights"]}, asked for are those of '
-                          f'{weights}: take another --workdir, or --cleanup')
+        if row.get('weights') != weights:
+          raise UserError(f'{path} holds samples of {row.get("weights", "unnamed weights")}, asked '
+                          f'for are those of {weights}: take another --workdir, or --cleanup')
         rows.append(row)
   except FileNotFoundError:
     return []

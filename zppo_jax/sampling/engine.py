@@ -72,16 +72,17 @@ def _check_prompts(config: ModelConfig, prompts: decode.Prompts, settings: decod
     raise ValueError(f'eos_ids must be below, and top_k at most, the vocabulary of {config.vocab}, '
                      f'got {settings.eos_ids} and {settings.top_k}')
   most = min(room, prompts.forced.shape[1])
-  used = np.arange(bucket)[None] < prompts.length[:, None]
-  given = np.arange(prompts.forced.shape[1])[None] < prompts.forced_length[:, None]
-  odd = lambda ids, inside: (inside & ((ids < 0) | (ids >= config.vocab))).any(axis=1)
+  first = lambda ids, length: np.where(np.arange(ids.shape[1])[None] < length[:, None], ids, 0)
+  ids = np.concatenate([first(prompts.tokens, prompts.length),
+                        first(prompts.forced, prompts.forced_length)], axis=1)
+  outside = (ids < 0) | (ids >= config.vocab)
   checks = (
     ((prompts.length < 1) | (prompts.length > bucket),
      f'must have 1..{bucket} tokens, got', prompts.length),
     ((prompts.forced_length < 0) | (prompts.forced_length > most),
      f'has room to force {most} tokens, got', prompts.forced_length),
-    (odd(prompts.tokens, used) | odd(prompts.forced, given),
-     f'must have token ids in 0..{config.vocab - 1}, got', prompts.tokens.max(axis=1, initial=0)))
+    (outside.any(axis=1), f'must have token ids in 0..{config.vocab - 1}, got',
+     np.take_along_axis(ids, outside.argmax(axis=1)[:, None], axis=1)[:, 0]))
   for bad, what, values in checks:
     for row in np.flatnonzero(bad & prompts.valid)[:1]:
       raise ValueError(f'prompts: row {row} {what} {values[row]}')
