@@ -19,7 +19,7 @@ from zppo_jax.launch import roles, workdir
 from zppo_jax.mesh import place
 from zppo_jax.methods import api
 from zppo_jax.replay import prompts
-from zppo_jax.train import context, loop, memory, saver
+from zppo_jax.train import context, loop, memory, saver, state
 from zppo_jax.train import run as run_lib
 from zppo_jax.train import setup as setup_lib
 
@@ -166,6 +166,17 @@ def test_the_profiler_runs_in_its_window_wherever_the_run_begins(tmp_path, monke
   calls.clear()
   loop.train(window(9, 2, num_steps=5))
   assert calls == []
+
+
+def test_the_learning_rate_of_a_row_is_that_of_its_step(tmp_path):
+  optim = state.Optim(learning_rate=1e-2, warmup_steps=4, eps=1e-2)
+  run = tiny.make_run('grpo', optim=optim, iterations=1)
+  loop.train(dataclasses.replace(run, workdir=str(tmp_path), settings=run_lib.LoopSettings(
+    num_steps=3, dump_every=0)))
+  found = [r['learning_rate'] for r in rows(tmp_path) if 'learning_rate' in r]
+  wanted = [float(state.schedule(1e-2, optim)(n)) for n in range(3)]
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
+  assert wanted[0] < wanted[1] < wanted[2]
 
 
 def test_answers_that_no_judge_could_grade_are_counted():

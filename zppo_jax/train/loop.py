@@ -70,17 +70,19 @@ def _evaluate(run: Run, params) -> dict[str, float]:
 
 def _fetch(run: Run, rows: list[tuple[int, dict, dict]], writer: MetricWriter) -> None:
   """Writes the rows gathered since the last call; one transfer for all of them."""
-  device = jax.device_get([r[1] for r in rows])
+  device, failed = jax.device_get([r[1] for r in rows]), None
   for (at, _, host), found in zip(rows, device):
     found = {k: float(v) for k, v in found.items()}
     bad = found.pop('nonfinite_max', 0.0)
     writer.write_scalars(at, host | found)
-    if bad:
+    if bad and failed is None:
       names = [k for k, v in found.items() if not math.isfinite(v)] or ['none']
-      raise UserError(f'non-finite gradient at step {at} (metrics not finite: '
-                      f'{", ".join(names)}): parameters before the step are kept in '
-                      f'{run.workdir}/checkpoints and its rollouts in {run.workdir}/rollouts')
+      failed = UserError(f'non-finite gradient at step {at} (metrics not finite: '
+                         f'{", ".join(names)}): it changed no parameter, and the state is kept in '
+                         f'{run.workdir}/checkpoints')
   rows.clear()
+  if failed is not None:
+    raise failed
 
 
 def train(run: Run) -> state.TrainState:
@@ -219,6 +221,7 @@ class _Body:
     sampler = None  # a copy of the weights before the update, which is donated
     if stale:
       sampler = jax.tree.map(jnp.copy, self.programs.policy(train_state.params))
+    rate = self.programs.learning_rate(train_state.updates)  # of the step's first update
     train_state, metrics = self._update(train_state, item, at)
     if stale and at + stale < run.settings.num_steps:
       train_state, ahead = self._sample(train_state, sampler, at + stale, version)
@@ -226,7 +229,7 @@ class _Body:
     train_state = dataclasses.replace(
       train_state, method=self.programs.absorb(train_state.method, item.rollouts))
     metrics = metrics | self.programs.summary(train_state.method)
-    metrics['learning_rate'] = self.programs.learning_rate(train_state.updates)
+    metrics['learning_rate'] = rate
     self._dump(item, at)
     return train_state, metrics, item.metrics | lag | self._timing(start, item)
 
