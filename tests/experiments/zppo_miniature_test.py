@@ -188,7 +188,7 @@ def test_unknown_name_lists_the_known_ones(capsys):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(miniature, 'flags', flags)
     assert miniature.main(['miniature']) == 2
-  assert ("--name must be one of asynctls, calculator, fg2-gdn, zppo; got 'nope'"
+  assert ("--name must be one of asynctls, babyai, calculator, fg2-gdn, zppo; got 'nope'"
           in capsys.readouterr().err)
 
 

@@ -282,7 +282,7 @@ def assemble(prompts: Prompts, drawn: Responses, settings: Settings, version: Ar
     role_id=jnp.zeros(rows, jnp.int32),
     kind=rep(prompts.kind),
     question_id=rep(prompts.question_id),
-    reward=jnp.where(drawn.fault, jnp.nan, 0.0),
+    reward=jnp.where(drawn.fault, jnp.nan, jnp.zeros(rows)),
     status=jnp.select([drawn.fault, drawn.done], [types.NONFINITE, types.FINISHED],
                       types.TRUNCATED).astype(jnp.int32),
     valid=valid,
