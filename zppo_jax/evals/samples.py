@@ -74,7 +74,8 @@ def _read(path: str, samples: int, weights: str) -> list[dict[str, Any]]:
           break
         if row.get('weights') != weights:
           raise UserError(f'{path} holds samples of {row.get("weights", "unnamed weights")}, asked '
-                          f'for are those of {weights}: take another --workdir, or --cleanup')
+                          f'for are those of {weights}: take another --workdir, or '
+                          '--resume=never --cleanup')
         rows.append(row)
   except FileNotFoundError:
     return []
